@@ -1,0 +1,207 @@
+"""Match a spec against the tensors of a checkpoint: every slot found, every size right, nothing left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError
+from .spec import Site, Slot, Spec, evaluate_size, fill, name_regex
+
+Shapes = Mapping[str, tuple[int, ...]]
+Instance = tuple[int, ...]  # values of a site's name dims, in order
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor's part in one instance of a site."""
+
+    site: int
+    slot: Slot
+    dims: Mapping[str, int]  # values of the dims in the tensor's name
+
+
+@dataclass(frozen=True)
+class MatchedSite:
+    """A site with its sizes for this checkpoint and the instances that it has."""
+
+    site: Site
+    sizes: Mapping[str, int]
+    instances: tuple[Instance, ...]
+
+    @property
+    def acted(self) -> int:
+        """Size of the acted dim."""
+        return self.sizes[self.site.acts]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of the batch dims: how many elements an instance has."""
+        return tuple(self.sizes[dim] for dim in self.site.batch_dims)
+
+    def label(self, instance: Instance) -> str:
+        """The name of one instance, as streams and messages call it."""
+        return fill_known(self.site.name, dict(zip(self.site.name_dims, instance, strict=True)))
+
+
+@dataclass(frozen=True)
+class Match:
+    """A spec laid over a checkpoint. `parts` names tensors as the checkpoint does."""
+
+    spec: Spec
+    sites: tuple[MatchedSite, ...]
+    parts: Mapping[str, tuple[Part, ...]]
+    prefix: tuple[str, str]  # what the checkpoint's names have instead of the spec's
+
+    def name(self, pattern: str, dims: Mapping[str, int]) -> str:
+        """The checkpoint's name for a spec's pattern."""
+        return _exchange(fill(pattern, dims), self.prefix)
+
+
+def fill_known(pattern: str, dims: Mapping[str, int]) -> str:
+    """Fill the numbers that are known; a site that spans a dim keeps it as `{l}`."""
+    return re.sub(r"\{(\w+)\}", lambda m: str(dims[m.group(1)]) if m.group(1) in dims else m.group(), pattern)
+
+
+def match_spec(
+    spec: Spec, shapes: Shapes, config: Mapping[str, Any], where: str = "checkpoint", *, whole: bool = True
+) -> Match:
+    """Lay a spec over the tensors of a checkpoint.
+
+    Args:
+        spec: the proven sites.
+        shapes: every tensor of the checkpoint by name.
+        config: the canonical config.
+        whole: whether the spec must know every tensor.
+
+    Raises:
+        InputError: a tensor of a site is missing, a shape contradicts the config, or a tensor is left that the
+            spec does not know. All misses are named at once.
+    """
+    prefix = _prefix(spec, shapes)
+    own = {name_regex(pattern) for pattern in spec.untouched if not pattern.startswith(spec.prefix)}
+    known = {
+        name if any(regex.fullmatch(name) for regex in own) else _exchange(name, prefix[::-1]): shape
+        for name, shape in shapes.items()
+    }
+    problems: list[str] = []
+    parts: dict[str, list[Part]] = {}
+    sites = tuple(_match_site(number, site, known, config, parts, problems) for number, site in enumerate(spec.sites))
+    if whole:
+        problems += _leftovers(spec, known, parts)
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise InputError(
+            "the checkpoint is not what its config says:\n  " + "\n  ".join(shown),
+            where=where,
+            hint=f"the spec is for {spec.architecture} ({spec.layout} names); "
+            "check config.json, or prove a spec of your own with `unmergeable inspect`",
+        )
+    return Match(spec, sites, {_exchange(name, prefix): tuple(found) for name, found in parts.items()}, prefix)
+
+
+def _match_site(
+    number: int,
+    site: Site,
+    shapes: Shapes,
+    config: Mapping[str, Any],
+    parts: dict[str, list[Part]],
+    problems: list[str],
+) -> MatchedSite:
+    sizes = {dim: evaluate_size(text, config, site.name) for dim, text in site.sizes.items()}
+    found: dict[int, dict[Instance, set[tuple[int, ...]]]] = {}
+    for k, slot in enumerate(site.slots):
+        regex, others = name_regex(slot.tensor), sorted(slot.name_dims - set(site.name_dims))
+        for name, shape in shapes.items():
+            bound = regex.fullmatch(name)
+            if bound is None:
+                continue
+            dims = {dim: int(value) for dim, value in bound.groupdict().items()}
+            instance = tuple(dims[dim] for dim in site.name_dims)
+            found.setdefault(k, {}).setdefault(instance, set()).add(tuple(dims[dim] for dim in others))
+            parts.setdefault(name, []).append(Part(number, slot, dims))
+            for axis, index in slot.axes.items():
+                total = index.view(sizes).total
+                got = shape[axis] if axis < len(shape) else None
+                if got != total:
+                    problems.append(f"{name}: axis {axis} is '{index.text}' = {total} by the config, got {got}")
+    if not found:
+        problems.append(f"no tensor of the site {site.name}, as {site.slots[0].tensor}")
+        return MatchedSite(site, sizes, ())
+    instances = sorted(set().union(*found.values()))
+    for k, slot in enumerate(site.slots):
+        _check_complete(site, sizes, slot, found.get(k, {}), instances, problems)
+    for position, dim in enumerate(site.name_dims):
+        if dim in sizes and len({instance[position] for instance in instances}) != sizes[dim]:
+            got = len({instance[position] for instance in instances})
+            problems.append(f"{site.name}: {sizes[dim]} of '{dim}' by the config, got {got}")
+    group_check(site, sizes)
+    return MatchedSite(site, sizes, tuple(instances))
+
+
+def group_check(site: Site, sizes: Mapping[str, int]) -> None:
+    """Raise InputError where the site's group does not exist for its size."""
+    from .groups import group
+
+    group(site.group).check(sizes[site.acts], site.name)
+
+
+def _check_complete(
+    site: Site,
+    sizes: Mapping[str, int],
+    slot: Slot,
+    found: Mapping[Instance, set[tuple[int, ...]]],
+    instances: Iterable[Instance],
+    problems: list[str],
+) -> None:
+    others = sorted(slot.name_dims - set(site.name_dims))
+    every = set().union(*found.values()) if found else set()
+    for instance in instances:
+        have = found.get(instance)
+        if have is None:
+            dims = dict(zip(site.name_dims, instance, strict=True))
+            problems.append(f"missing {fill_known(slot.tensor, dims)}, which {site.name} needs")
+            continue
+        want = every
+        if others == [site.acts]:
+            want = {(number,) for number in range(sizes[site.acts])}
+        for gone in sorted(want - have):
+            dims = dict(zip(site.name_dims, instance, strict=True)) | dict(zip(others, gone, strict=True))
+            problems.append(f"missing {fill(slot.tensor, dims)}, which {site.name} needs")
+        for extra in sorted(have - want):
+            dims = dict(zip(site.name_dims, instance, strict=True)) | dict(zip(others, extra, strict=True))
+            problems.append(f"unexpected {fill(slot.tensor, dims)}: {site.name} has {sizes[site.acts]}")
+
+
+def _leftovers(spec: Spec, shapes: Shapes, parts: Mapping[str, object]) -> list[str]:
+    known = [name_regex(pattern) for pattern in spec.untouched]
+    dropped = [re.compile(pattern) for pattern in spec.ignored]
+    left = [
+        name
+        for name in shapes
+        if name not in parts
+        and not any(regex.fullmatch(_modern(name)) for regex in known)
+        and not any(regex.search(name) for regex in dropped)
+    ]
+    return [f"unexpected {name} of shape {list(shapes[name])}" for name in left]
+
+
+def _modern(name: str) -> str:
+    """The present name of a norm's parameters, which old checkpoints call gamma and beta."""
+    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
+
+
+def _prefix(spec: Spec, shapes: Shapes) -> tuple[str, str]:
+    """(spec's prefix, checkpoint's): a bare base model is saved without its own name in front."""
+    if spec.prefix and not any(name.startswith(spec.prefix) for name in shapes):
+        return spec.prefix, ""
+    return "", ""
+
+
+def _exchange(name: str, prefix: tuple[str, str]) -> str:
+    spec_prefix, own = prefix
+    if name.startswith(spec_prefix) and (spec_prefix or own):
+        return own + name[len(spec_prefix) :]
+    return name

@@ -1,0 +1,317 @@
+"""Specs: where the symmetries of one architecture act, as data.
+
+A `Spec` is a table from tensors to sites, proven by `prove` and kept as JSON. A `Site` acts on one named dim
+and has one element for every combination of its `per` dims; a tensor takes part through a `Slot`, which says
+where on its axes the dims lie (see `index`) and with which power. Dims live on axes or in tensor names:
+`model.layers.{l}.mlp.experts.{e}.w1.weight` has the dims l and e.
+
+Everything else in the package reads this table and knows no architecture.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from .errors import InputError
+from .groups import group
+from .index import Index, parse_index
+
+FORMAT = 1
+KINDS = ("qk", "vo", "mlp", "heads", "experts")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's part in a site: dims by axis, and the power with which the element acts on it."""
+
+    tensor: str
+    index: Mapping[int, str]
+    power: int = 1
+
+    @cached_property
+    def name_dims(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\{(\w+)\}", self.tensor))
+
+    @cached_property
+    def axes(self) -> dict[int, Index]:
+        return {axis: parse_index(text) for axis, text in self.index.items()}
+
+    def axis_of(self, dim: str) -> int | None:
+        """The axis that a dim lies on; None where it is in the name, or nowhere."""
+        return next((axis for axis, index in self.axes.items() if dim in index.dims), None)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a group acts, for all layers at once."""
+
+    name: str
+    kind: str
+    acts: str
+    per: tuple[str, ...]
+    group: str
+    sizes: Mapping[str, str]
+    slots: tuple[Slot, ...]
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def name_dims(self) -> tuple[str, ...]:
+        """The `per` dims that stand in tensor names: one draw for each of their values."""
+        in_names = frozenset().union(*(slot.name_dims for slot in self.slots))
+        return tuple(dim for dim in self.per if dim in in_names)
+
+    @cached_property
+    def batch_dims(self) -> tuple[str, ...]:
+        """The `per` dims that lie on axes: one element of a batch for each of their values."""
+        return tuple(dim for dim in self.per if dim not in self.name_dims)
+
+    def check(self) -> None:
+        """Raise InputError where the site contradicts itself."""
+        group(self.group)
+        if self.kind not in KINDS:
+            raise InputError("unknown kind of site", where=self.name, expected=" | ".join(KINDS), got=self.kind)
+        if not self.slots:
+            raise InputError("a site without tensors", where=self.name)
+        for slot in self.slots:
+            where = f"{self.name}: {slot.tensor}"
+            on_axes = [dim for index in slot.axes.values() for dim in index.dims]
+            if len(set(on_axes)) != len(on_axes):
+                raise InputError("a dim lies on two axes", where=where, got=dict(slot.index))
+            if self.acts not in on_axes and self.acts not in slot.name_dims:
+                raise InputError(f"the acted dim '{self.acts}' is neither on an axis nor in the name", where=where)
+            for dim in self.batch_dims:
+                if dim not in on_axes:
+                    raise InputError(f"the dim '{dim}' of the site is not on an axis", where=where)
+            for dim in self.name_dims:
+                if dim not in slot.name_dims:
+                    raise InputError(f"the dim '{dim}' of the site is not in the tensor's name", where=where)
+            unsized = {d for index in slot.axes.values() for d in index.all_dims} - set(self.sizes)
+            if unsized:
+                raise InputError(f"no size for {', '.join(sorted(unsized))}", where=where)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that was looked at and is left alone, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The proven sites of one architecture, configuration and layout of names.
+
+    `config` holds the fields that decide the structure, with the values they must have; `defaults` what
+    config.json may leave out; `aliases` other spellings of fields. `untouched` and `ignored` are the name
+    patterns of all further tensors: those the function reads, and leftovers that stock loaders drop.
+    """
+
+    architecture: str
+    model_type: str
+    layout: str
+    config: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    aliases: Mapping[str, Any]
+    sites: tuple[Site, ...]
+    refused: tuple[Refusal, ...] = ()
+    untouched: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the spec says about tensors; evidence and versions left out."""
+        said = self.as_dict()
+        del said["evidence"]
+        for site in said["sites"]:
+            del site["evidence"]
+        return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "architecture": self.architecture,
+            "model_type": self.model_type,
+            "layout": self.layout,
+            "config": dict(self.config),
+            "defaults": dict(self.defaults),
+            "aliases": dict(self.aliases),
+            "prefix": self.prefix,
+            "sites": [
+                {
+                    "name": site.name,
+                    "kind": site.kind,
+                    "acts": site.acts,
+                    "per": list(site.per),
+                    "group": site.group,
+                    "sizes": dict(site.sizes),
+                    "slots": [
+                        {
+                            "tensor": slot.tensor,
+                            "index": {str(axis): text for axis, text in slot.index.items()},
+                            "power": slot.power,
+                        }
+                        for slot in site.slots
+                    ],
+                    "evidence": dict(site.evidence),
+                }
+                for site in self.sites
+            ],
+            "refused": [{"site": refusal.site, "reason": refusal.reason} for refusal in self.refused],
+            "untouched": list(self.untouched),
+            "ignored": list(self.ignored),
+            "evidence": dict(self.evidence),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "spec") -> Spec:
+        """Read a spec from its JSON form.
+
+        Raises:
+            InputError: a newer format, a missing or unknown field, or a site that contradicts itself.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("format"), int):
+            raise InputError("not a spec", where=where, expected=f"a JSON object with format {FORMAT}")
+        if data["format"] > FORMAT:
+            raise InputError(
+                "a spec of a newer format", where=where, expected=FORMAT, got=data["format"], hint="update unmergeable"
+            )
+        try:
+            sites = tuple(
+                Site(
+                    name=site["name"],
+                    kind=site["kind"],
+                    acts=site["acts"],
+                    per=tuple(site["per"]),
+                    group=site["group"],
+                    sizes=dict(site["sizes"]),
+                    slots=tuple(
+                        Slot(slot["tensor"], {int(k): v for k, v in slot["index"].items()}, int(slot.get("power", 1)))
+                        for slot in site["slots"]
+                    ),
+                    evidence=site.get("evidence", {}),
+                )
+                for site in data["sites"]
+            )
+            spec = cls(
+                architecture=data["architecture"],
+                model_type=data["model_type"],
+                layout=data["layout"],
+                config=data["config"],
+                defaults=data["defaults"],
+                aliases=data["aliases"],
+                prefix=data.get("prefix", ""),
+                sites=sites,
+                refused=tuple(Refusal(item["site"], item["reason"]) for item in data["refused"]),
+                untouched=tuple(data["untouched"]),
+                ignored=tuple(data["ignored"]),
+                evidence=data.get("evidence", {}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"a spec with a missing or malformed field: {error!r}", where=where) from None
+        for site in spec.sites:
+            site.check()
+        return spec
+
+
+# --- sizes: arithmetic over config fields -------------------------------------------------------------------
+
+
+def evaluate_size(expression: str, config: Mapping[str, Any], where: str = "size") -> int:
+    """A size such as `num_attention_heads // num_key_value_heads`, from a canonical config.
+
+    Names are fields (dotted for nested configs), `a or b` takes b where a is missing or null, `*`, `//`, `+`
+    and `-` are arithmetic and `//` must leave no rest. `int(a * b)` rounds down, for fractions such as a
+    partial rotary factor.
+
+    Raises:
+        InputError: a field is missing or not a number, or a division leaves a rest.
+    """
+    tree = _size_tree(expression)
+    value = _value(tree.body, config, expression, where)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(
+            f"the config gives no size for '{expression}'", where=where, expected="a positive integer", got=value
+        )
+    return value
+
+
+@lru_cache(maxsize=1024)
+def _size_tree(expression: str) -> ast.Expression:
+    try:
+        return ast.parse(expression, mode="eval")
+    except SyntaxError:
+        raise InputError("not a size expression", where=f"'{expression}'") from None
+
+
+def lookup(config: Mapping[str, Any], path: str) -> Any:
+    """A field of a nested config by its dotted path; None where it is missing."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _value(node: ast.expr, config: Mapping[str, Any], text: str, where: str) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return node.value
+    if isinstance(node, ast.Name | ast.Attribute):
+        return lookup(config, ast.unparse(node))
+    if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
+        values = (_value(part, config, text, where) for part in node.values)
+        return next((value for value in values if value is not None), None)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "int" and len(node.args) == 1:
+        value = _value(node.args[0], config, text, where)
+        return None if value is None else int(value)
+    if isinstance(node, ast.BinOp):
+        left, right = _value(node.left, config, text, where), _value(node.right, config, text, where)
+        if left is None or right is None:
+            return None
+        if not all(isinstance(side, int | float) and not isinstance(side, bool) for side in (left, right)):
+            raise InputError(f"'{text}' is not made of numbers", where=where, got=f"{left!r}, {right!r}")
+        match node.op:
+            case ast.Mult():
+                return left * right
+            case ast.Add():
+                return left + right
+            case ast.Sub():
+                return left - right
+            case ast.FloorDiv():
+                if right == 0 or left % right:
+                    raise InputError(f"'{text}' leaves a rest", where=where, got=f"{left} // {right}")
+                return left // right
+    raise InputError("not a size expression", where=f"{where}: '{text}'")
+
+
+# --- name patterns -----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=65536)
+def name_regex(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a name pattern: `{l}` matches one number."""
+    parts = re.split(r"\{(\w+)\}", pattern)
+    seen: set[str] = set()
+    out = []
+    for k, part in enumerate(parts):
+        if k % 2 == 0:
+            out.append(re.escape(part))
+        elif part in seen:
+            out.append(f"(?P={part})")
+        else:
+            seen.add(part)
+            out.append(rf"(?P<{part}>0|[1-9]\d*)")
+    return re.compile("".join(out))
+
+
+def fill(pattern: str, dims: Mapping[str, int]) -> str:
+    """The name that a pattern has for these numbers."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(dims[match.group(1)]), pattern)
