@@ -1,0 +1,220 @@
+"""Configurations as data: one spelling for each, and the part of it that decides which symmetries hold.
+
+Nothing here imports torch or transformers, so that a shipped specification can be looked up without them.
+What the configuration class knows (its declared defaults, its aliases, the old spellings that it accepts)
+is read once by `class_defaults`, where transformers is at hand, and travels with the specification as JSON.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from unmergeable.prove.fields import DERIVED, INERT, INERT_ROTARY, LAYER_INDICES, PER_LAYER, SIZES
+
+Config = dict[str, Any]
+
+#: Reserved key of `class_defaults`: what the class knows besides defaults.
+CLASS = "$class"
+
+#: Reserved key of `structure`: which sizes are given at all.
+SIZES_GIVEN = "$sizes"
+
+_ROTARY = "rope_parameters"
+_PROBE = 0.4375
+_LEGACY_FRACTIONS = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rope_percent", "rotary_percentage")
+
+
+def class_defaults(config_class: Any) -> Config:
+    """What a transformers configuration class adds to a `config.json`, as JSON.
+
+    Only *declared* defaults are used, never values that the class derives while it is constructed: a field
+    that is absent and one that is given with its declared default reach the constructor as the same
+    argument, so two files with one canonical form build the same model.
+
+    Returns:
+        declared field defaults, nested for sub-configurations whose class is fixed. The reserved key `$class`
+        holds `aliases` (alias -> field), `legacy` (old top-level name -> name inside `rope_parameters`) and
+        `flat_rotary` (whether an old `rope_scaling` simply becomes `rope_parameters`).
+    """
+    defaults: Config = {}
+    for field in dataclasses.fields(config_class):
+        if field.default is not dataclasses.MISSING:
+            value = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            continue
+        if _is_json(value):
+            defaults[field.name] = copy.deepcopy(value)
+    sub_specs: Mapping[str, Any] = getattr(config_class, "sub_configs_defaults", None) or {}
+    for name, spec in sub_specs.items():
+        sub_class = spec.config_class
+        fixed = bool(getattr(sub_class, "model_type", ""))
+        if fixed and dataclasses.is_dataclass(sub_class):
+            defaults[name] = class_defaults(sub_class)
+            defaults[name][CLASS]["absent"] = {k: v for k, v in spec.init_kwargs.items() if _is_json(v)}
+    defaults[CLASS] = {"aliases": dict(getattr(config_class, "attribute_map", None) or {})}
+    defaults[CLASS].update(_rotary_spellings(config_class))
+    return defaults
+
+
+def canonical_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Config:
+    """The class's declared defaults overlaid by a `config.json`, in the present spelling.
+
+    Old spellings are renamed only where `class_defaults` saw the class itself accept them. Where an old and
+    a new name disagree both are kept: such a file matches no specification and is proven afresh.
+
+    Args:
+        config: the file's content; it is not changed.
+        defaults: from `class_defaults`; an empty mapping leaves the file as it is but for its own spelling.
+    """
+    known = defaults.get(CLASS, {})
+    given = {name: copy.deepcopy(value) for name, value in config.items() if name != CLASS}
+    _rename(given, "torch_dtype", "dtype")
+    if given.get("rope_scaling", 0) in (None, {}):
+        del given["rope_scaling"]
+    for alias, field in known.get("aliases", {}).items():
+        _rename(given, alias, field)
+    if known.get("flat_rotary"):
+        _canonical_rotary(given, known)
+    result: Config = {}
+    for name, default in defaults.items():
+        if name == CLASS:
+            continue
+        if isinstance(default, Mapping) and CLASS in default:
+            nested = given.pop(name, None)
+            if nested is None:
+                nested = default[CLASS].get("absent", {})
+            result[name] = canonical_config(nested, default) if isinstance(nested, Mapping) else nested
+        else:
+            result[name] = given.pop(name) if name in given else copy.deepcopy(default)
+    for name, value in given.items():
+        result[name] = canonical_config(value, {}) if _is_configuration(value) else value
+    if known.get("flat_rotary") and not result.get(_ROTARY):
+        result[_ROTARY] = {"rope_type": "default"}
+    return result
+
+
+def structure(config: Mapping[str, Any]) -> Config:
+    """The part of a canonical configuration that decides which symmetries hold.
+
+    Neither sizes nor inert fields belong to it. Of a size only "none" or "zero" remains, of a width that
+    may equal the residual width whether it does. Lists with one entry a layer become the sorted set of the
+    combinations of kinds that occur, lists of layer numbers become whether there are any.
+    """
+    result: Config = {}
+    kinds: dict[str, list[Any]] = {}
+    # a class may look for a size that it does not declare: whether it is there can matter
+    given = sorted(n for n, v in config.items() if n in SIZES and n not in DERIVED and v is not None)
+    if given:
+        result[SIZES_GIVEN] = given
+    widths = [value for name, value in config.items() if SIZES.get(name) == "width" and value is not None]
+    for name, value in config.items():
+        if name == CLASS or name in INERT:
+            continue
+        if name in SIZES:
+            if name not in DERIVED and (value is None or (isinstance(value, int | float) and value <= 0)):
+                result[name] = None if value is None else 0
+            elif SIZES[name] == "linked" and value is not None:
+                result[name] = "width" if value in widths else "own"
+        elif name in LAYER_INDICES and (value is None or isinstance(value, list)):
+            result[name] = bool(value)
+        elif name in PER_LAYER and isinstance(value, list):
+            kinds[name] = value
+        elif name == _ROTARY and isinstance(value, Mapping):
+            result[name] = _rotary_structure(value)
+        elif isinstance(value, Mapping):
+            result[name] = structure(value)
+        else:
+            result[name] = copy.deepcopy(value)
+    for length in sorted({len(value) for value in kinds.values()}):
+        names = sorted(name for name, value in kinds.items() if len(value) == length)
+        combinations = {json.dumps(entry) for entry in zip(*(kinds[name] for name in names), strict=True)}
+        result["+".join(names)] = sorted(combinations)
+    return result
+
+
+def lookup(config: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, searched breadth first through nested configurations, or None."""
+    level: list[Mapping[str, Any]] = [config]
+    while level:
+        for node in level:
+            if node.get(name) is not None:
+                return node[name]
+        level = [value for node in level for value in node.values() if isinstance(value, Mapping)]
+    return None
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_json(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _is_configuration(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("model_type" in value or "hidden_size" in value)
+
+
+def _rename(fields: Config, old: str, new: str) -> None:
+    if old not in fields or old == new:
+        return
+    if new not in fields or fields[new] is None or fields[new] == fields[old]:
+        fields[new] = fields.pop(old)
+    elif fields[old] is None:
+        del fields[old]
+
+
+def _canonical_rotary(fields: Config, known: Mapping[str, Any]) -> None:
+    scaling = fields.pop("rope_scaling", None)
+    rotary = scaling or fields.get(_ROTARY) or {}
+    if not isinstance(rotary, dict):
+        fields["rope_scaling"] = rotary
+        return
+    if "type" in rotary and rotary.setdefault("rope_type", rotary["type"]) == rotary["type"]:
+        del rotary["type"]
+    rotary.setdefault("rope_type", "default")
+    for old, new in known.get("legacy", {}).items():
+        value = fields.get(old)
+        if value is not None and rotary.setdefault(new, value) != value:
+            continue
+        fields.pop(old, None)
+    fields[_ROTARY] = rotary
+
+
+def _rotary_structure(rotary: Mapping[str, Any]) -> Config:
+    result: Config = {}
+    for name, value in rotary.items():
+        if isinstance(value, Mapping):
+            result[name] = _rotary_structure(value)
+        elif name not in INERT_ROTARY:
+            result[name] = copy.deepcopy(value)
+    return result
+
+
+def _rotary_spellings(config_class: Any) -> Config:
+    """Which old spellings the class itself turns into `rope_parameters`, found by asking it."""
+    if _ROTARY not in {field.name for field in dataclasses.fields(config_class)}:
+        return {}
+    plain = _rotary_of(config_class, {})
+    scaled = _rotary_of(config_class, {"rope_scaling": {"rope_type": "default", "factor": 2.0}})
+    if plain.get("rope_type") != "default" or scaled.get("factor") != 2.0:
+        return {}
+    legacy = {"rope_theta": "rope_theta"}
+    for name in _LEGACY_FRACTIONS:
+        if _rotary_of(config_class, {name: _PROBE}).get("partial_rotary_factor") == _PROBE:
+            legacy[name] = "partial_rotary_factor"
+    return {"flat_rotary": True, "legacy": legacy}
+
+
+def _rotary_of(config_class: Any, arguments: Config) -> Mapping[str, Any]:
+    try:
+        value = getattr(config_class(**arguments), _ROTARY, None)
+    except Exception:  # a class may reject the probe in any way: then it does not accept that spelling
+        return {}
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,178 @@
+"""Inputs of every modality, made from the signature of a model's forward, and the outputs that are compared.
+
+Two seeds; text with and without padding on either side. Lengths are odd numbers so that no axis of an
+output is mistaken for another.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from unmergeable.prove.config import lookup
+from unmergeable.prove.shrink import FIRST_FREE_TOKEN, SPECIAL_TOKENS
+
+TEXT_LENGTH = 27
+DECODER_LENGTH = 25
+#: Tokens that the padded inputs lose.
+PADDING = 5
+
+#: Outputs that a symmetry may change, or that repeat others.
+NOT_COMPARED = ("past", "cache", "attentions", "loss", "router", "state", "mems", "rope_deltas")
+COMPARED = ("last_hidden_state", "encoder_last_hidden_state", "hidden_states")
+
+
+@dataclass(frozen=True)
+class InputSet:
+    """Arguments of one forward.
+
+    Args:
+        label: what it exercises, for messages.
+        arguments: keyword arguments of `forward`.
+        masks: {length of an axis: boolean tensor (batch, length)}, True at real positions.
+    """
+
+    label: str
+    arguments: dict[str, Any]
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def make_inputs(model: Any, config: Mapping[str, Any]) -> list[InputSet]:
+    """Input sets for this model, the most informative first; an empty list where no modality is known.
+
+    Args:
+        model: a transformers model; only its signature is read.
+        config: its configuration as nested plain values.
+    """
+    names = inspect.signature(model.forward).parameters
+    sets: list[InputSet] = []
+    if "input_ids" in names:
+        for label, seed, side in (
+            ("plain", 0, None),
+            ("left padding", 1, "left"),
+            ("right padding", 1, "right"),
+        ):
+            if side is None or "attention_mask" in names:
+                sets.append(_with_text(config, names, label, seed, side))
+    if "pixel_values" in names:
+        if not sets:
+            sets = [InputSet(f"images {seed}", _images(config, seed)) for seed in (0, 1)]
+        elif _is_two_tower(config):
+            for index, entry in enumerate(sets):
+                entry.arguments.update(_images(config, index))
+    if "input_features" in names:
+        sets = []
+        for seed in (0, 1):
+            arguments = _features(config, seed)
+            if "decoder_input_ids" in names:
+                arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
+            sets.append(InputSet(f"features {seed}", arguments))
+    if "input_values" in names and not sets:
+        sets = [InputSet(f"waveform {seed}", {"input_values": _normal((2, 4000), seed)}) for seed in (0, 1)]
+    return sets
+
+
+def flatten_outputs(output: Any, masks: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """The float tensors of a model's output that its function is made of, padded positions left out.
+
+    Caches, attention maps, router logits and losses are not part of it.
+    """
+    tensors: list[torch.Tensor] = []
+    _collect(output, masks or {}, tensors)
+    return tensors
+
+
+def _collect(value: Any, masks: Mapping[int, torch.Tensor], into: list[torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            mask = masks.get(value.shape[1]) if value.dim() >= 2 else None
+            into.append(value[mask] if mask is not None and mask.shape == value.shape[:2] else value)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            if name in COMPARED or not any(word in name for word in NOT_COMPARED):
+                _collect(item, masks, into)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _collect(item, masks, into)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 + seed)
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=_generator(seed), dtype=torch.float64)
+
+
+def _tokens(config: Mapping[str, Any], length: int, seed: int) -> torch.Tensor:
+    """Two rows of ordinary tokens, each with one end token at its end: some heads pool there."""
+    vocabulary = int(lookup(config, "vocab_size") or FIRST_FREE_TOKEN + SPECIAL_TOKENS + 64)
+    high = max(FIRST_FREE_TOKEN + 1, vocabulary - SPECIAL_TOKENS)
+    ids = torch.randint(FIRST_FREE_TOKEN, high, (2, length), generator=_generator(seed))
+    ids[:, -1] = _end_token(config)
+    return ids
+
+
+def _end_token(config: Mapping[str, Any]) -> int:
+    end = lookup(config, "eos_token_id")
+    if isinstance(end, list):
+        end = end[0] if end else None
+    return FIRST_FREE_TOKEN if end is None else int(end)
+
+
+def _with_text(
+    config: Mapping[str, Any], names: Mapping[str, Any], label: str, seed: int, side: str | None
+) -> InputSet:
+    length = TEXT_LENGTH
+    ids = _tokens(config, length, seed)
+    arguments: dict[str, Any] = {"input_ids": ids}
+    masks: dict[int, torch.Tensor] = {}
+    if side is not None:
+        mask = torch.ones_like(ids)
+        pad = int(lookup(config, "pad_token_id") or 0)
+        kept = length - PADDING
+        if side == "left":
+            mask[0, :PADDING] = 0
+        else:
+            mask[0, kept:] = 0
+            ids[0, kept - 1] = _end_token(config)
+        ids[mask == 0] = pad
+        arguments["attention_mask"] = mask
+        masks[length] = mask.bool()
+    if "token_type_ids" in names and int(lookup(config, "type_vocab_size") or 0) > 1:
+        types = torch.zeros_like(ids)
+        types[:, length // 2 :] = 1
+        arguments["token_type_ids"] = types
+    if "decoder_input_ids" in names:
+        arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
+    return InputSet(label, arguments, masks)
+
+
+def _is_two_tower(config: Mapping[str, Any]) -> bool:
+    """Whether text and images have separate towers: no token of the text stands for an image."""
+    return all(lookup(config, name) is None for name in ("image_token_id", "image_token_index"))
+
+
+def _pair(value: Any, default: int) -> tuple[int, int]:
+    if isinstance(value, Mapping):
+        return int(value.get("height", default)), int(value.get("width", default))
+    if isinstance(value, list | tuple):
+        return int(value[-2]), int(value[-1])
+    return (int(value), int(value)) if value is not None else (default, default)
+
+
+def _images(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    channels = int(lookup(config, "num_channels") or 3)
+    height, width = _pair(lookup(config, "image_size"), 32)
+    return {"pixel_values": _normal((2, channels, height, width), seed + 20)}
+
+
+def _features(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    mels = int(lookup(config, "num_mel_bins") or 80)
+    # two convolutions, the second with stride two, come before the encoder's positions
+    frames = 2 * int(lookup(config, "max_source_positions") or 30)
+    return {"input_features": _normal((2, mels, frames), seed + 30)}

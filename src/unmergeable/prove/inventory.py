@@ -1,0 +1,91 @@
+"""What tensors a model class has: names folded to patterns, and each pattern's shape in several miniatures.
+
+Several shapes of one class tell sizes apart that coincide in one: an axis is described by all of its sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Tensors of one kind: `name` has `{l}` and `{e}` for numbers; `axes[k]` holds its size in every miniature."""
+
+    name: str
+    axes: tuple[tuple[int, ...], ...]
+    count: int
+
+    @property
+    def module(self) -> str:
+        """The module that holds the tensor, for a parameter such as `weight`."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+def fold(names: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
+    """Names by pattern. The first number of a name is `{l}`; a later one is `{e}` if it repeats a tensor.
+
+    A later number that never repeats one (`mlp.0`, `mlp.2`, or one sub-layer of a block) is part of the name.
+    """
+    wild: dict[str, list[str]] = {}
+    for name in names:
+        wild.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "#", name), []).append(name)
+    out: dict[str, list[str]] = {}
+    for members in wild.values():
+        numbers = [_numbers(name) for name in members]
+        depth = len(numbers[0])
+        repeats = [
+            k > 0
+            and len({n[k] for n in numbers}) > 1
+            and len({shapes[name] for name in members}) == 1
+            for k in range(depth)
+        ]
+        if depth:
+            repeats[0] = True
+        for name in members:
+            out.setdefault(_wildcards(name, repeats), []).append(name)
+    return out
+
+
+def take_stock(miniatures: Sequence[Mapping[str, Shape]]) -> list[Pattern]:
+    """The patterns of miniatures of one class, in the order of the first one's tensors.
+
+    Patterns that one of them lacks, or whose tensors differ in shape, are left out: nothing is proposed for
+    them.
+    """
+    folded = [fold(shapes, shapes) for shapes in miniatures]
+    patterns = []
+    for name, members in folded[0].items():
+        if not all(name in others for others in folded):
+            continue
+        found = [{shapes[m] for m in others[name]} for shapes, others in zip(miniatures, folded, strict=True)]
+        if any(len(shapes) != 1 for shapes in found):
+            continue
+        single = [shapes.pop() for shapes in found]
+        if len({len(shape) for shape in single}) == 1:
+            patterns.append(Pattern(name, tuple(zip(*single, strict=True)), len(members)))
+    return patterns
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdigit()]
+
+
+def _wildcards(name: str, repeats: list[bool]) -> str:
+    parts, seen = [], 0
+    letters = iter("leuvw")
+    for part in name.split("."):
+        if part.isdigit():
+            parts.append("{" + next(letters) + "}" if repeats[seen] else part)
+            seen += 1
+        else:
+            parts.append(part)
+    return ".".join(parts)

@@ -1,0 +1,149 @@
+"""Search the sites of one layout of one class: conjecture, try from the largest group down, judge, refuse.
+
+The order of the sites is the order in which they act: inside heads, inside MLPs, then heads within a group,
+groups, experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..errors import InputError
+from ..spec import Refusal, Site
+from .attention import Attention, conjecture, find_blocks
+from .inventory import Pattern
+from .ladders import heads, query_key, value_output, with_companions
+from .mlp import expert_sites, find_groups, permutations, scaled
+from .sizes import Sizes
+from .trial import Judge, first_passing
+
+
+class Found:
+    """What a search found so far."""
+
+    def __init__(self) -> None:
+        self.inner: list[Site] = []
+        self.outer: list[Site] = []
+        self.refused: list[Refusal] = []
+        self.used: set[str] = set()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (*self.inner, *self.outer)
+
+
+def search(judge: Judge, stock: Sequence[Pattern], sizes: Sizes) -> Found:
+    """Every site that holds on all miniatures, and a sentence for every place that was looked at in vain."""
+    found = Found()
+    for module, roles in find_blocks(stock).items():
+        _attention(judge, module, roles, stock, sizes, found)
+    mlps = _mlps(judge, stock, sizes, found)
+    for site in expert_sites(mlps, stock, sizes):
+        _keep(judge, [site], found, found.outer, "the order of experts matters (they are routed in groups)")
+    return found
+
+
+def _attention(
+    judge: Judge,
+    module: str,
+    roles: dict[str, Pattern],
+    stock: Sequence[Pattern],
+    sizes: Sizes,
+    found: Found,
+) -> None:
+    best: tuple[int, Attention, tuple[Site, ...] | None, tuple[Site, ...] | None] | None = None
+    for block in conjecture(module, roles, stock, sizes):
+        values = first_passing(judge, value_output(block))
+        if values is None and best is not None:
+            continue
+        keys = first_passing(judge, query_key(block, sizes))
+        if _is_poor(keys) and block.spare:
+            keys = _with_companions(judge, block, sizes) or keys
+        score = 2 * (values is not None) + 2 * (keys is not None) - _is_poor(keys)
+        if best is None or score > best[0]:
+            best = score, block, values, keys
+        if score == 4:
+            break
+    if best is None or best[0] <= 0:
+        found.refused.append(Refusal(module, "no layout of heads that the shapes allow keeps the function"))
+        found.used |= {pattern.name for pattern in roles.values()}
+        return
+    _, block, values, keys = best
+    found.used |= block.weights | {slot.tensor for rung in (values, keys) for s in rung or () for slot in s.slots}
+    for kind, rung in (("qk", keys), ("vo", values)):
+        if rung is None:
+            found.refused.append(Refusal(f"{module}.{kind}", "no group of the ladder keeps the function"))
+        else:
+            _keep(judge, list(rung), found, found.inner, "not proven")
+    for candidates in heads(block, stock):
+        if _single(judge, candidates[0]):
+            continue
+        passing = next((site for site in candidates if judge.passes([site])), None)
+        if passing is not None:
+            _keep(judge, [passing], found, found.outer, "not proven")
+            found.used |= {slot.tensor for slot in passing.slots}
+        else:
+            moved = judge.error([candidates[0]], 0)
+            reason = (
+                f"heads cannot change places: the output moves by {moved:.1e}; "
+                "each has something of its own that is no tensor of the block, such as a slope of a position bias"
+            )
+            found.refused.append(Refusal(candidates[0].name, reason))
+
+
+def _single(judge: Judge, site: Site) -> bool:
+    """Whether there is but one head to permute."""
+    return all(judge.match([site], on).sites[0].acted == 1 for on in range(len(judge.oracles)))
+
+
+def _is_poor(rung: Sequence[Site] | None) -> bool:
+    return rung is None or all(site.group in ("negation", "sign", "scalar") for site in rung)
+
+
+def _with_companions(judge: Judge, block: Attention, sizes: Sizes) -> tuple[Site, ...] | None:
+    for rung in query_key(block, sizes):
+        if _is_poor(rung):
+            continue
+        passing = first_passing(judge, with_companions(block, rung))
+        if passing is not None:
+            return passing
+    return None
+
+
+def _mlps(judge: Judge, stock: Sequence[Pattern], sizes: Sizes, found: Found) -> list[Site]:
+    mlps: list[Site] = []
+    vocabulary = sizes.find_field("vocab_size")
+    open_stock = [pattern for pattern in stock if not set(pattern.axes) & vocabulary]
+    for group in find_groups(open_stock, found.used):
+        if any(pattern.name in found.used for pattern, _, _ in group.members):
+            continue
+        for site in permutations(group, sizes):
+            if not judge.passes([site]):
+                continue
+            plain = replace(site, slots=tuple(replace(slot, power=1) for slot in site.slots))
+            best = next((option for option in scaled(site) if judge.passes([option])), plain)
+            if _keep(judge, [best], found, found.inner, "not proven"):
+                mlps.append(best)
+                found.used |= {slot.tensor for slot in best.slots}
+            break
+    return mlps
+
+
+def _keep(judge: Judge, sites: Sequence[Site], found: Found, into: list[Site], reason: str) -> bool:
+    """Judge sites on all miniatures; keep those that hold, refuse the others."""
+    kept = True
+    for site in sites:
+        try:
+            verdict = judge.judge(site)
+        except InputError as error:
+            found.refused.append(Refusal(site.name, f"{reason}: {error.what}"))
+            kept = False
+            continue
+        if verdict.holds:
+            evidence = {"error": verdict.error, "guard": verdict.guard, "instances": verdict.instances}
+            into.append(replace(site, evidence=evidence))
+        else:
+            found.refused.append(Refusal(site.name, f"{reason}: {verdict.reason}"))
+            kept = False
+    return kept

@@ -1,0 +1,381 @@
+"""Make a configuration small without changing its structure: only fields named as sizes are replaced.
+
+The numbers are chosen so that no two kinds of width coincide (towers, query width, residual width, inner
+width), because equal numbers let a wrong pairing of tensors look right. Two shapes differ in every size:
+what holds in both is not a coincidence of one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from unmergeable.prove.fields import LAYER_INDICES, PER_LAYER, PERIODS, SIZES
+
+Config = dict[str, Any]
+
+#: Token ids below this are kept, random input ids are drawn from here on.
+FIRST_FREE_TOKEN = 16
+#: The highest ids of the vocabulary are kept for special tokens.
+SPECIAL_TOKENS = 12
+LABELS = 5
+
+_MAX_LAYERS = 16
+_HEAD_DIMS = ((8, 16), (12, 10), (10, 14), (14, 12), (16, 8))
+_GROUPS = ((4, 3), (3, 5), (5, 4), (3, 2), (2, 3))
+_INNER = ((52, 44, 76, 68, 92, 58, 86, 106), (84, 116, 92, 62, 74, 110, 132, 148))
+_RANKS = ((20, 26, 22, 28), (28, 18, 34, 38))
+_FALLBACK_HEAD_DIMS = (8, 12, 16, 20, 24, 32, 40, 48, 64)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How freely sizes may be chosen; a stricter style is tried when a class rejects a freer one.
+
+    Args:
+        free_width: choose the residual width apart from heads times head size where `head_dim` is a field.
+        distinct_towers: give towers of equal real width different widths.
+    """
+
+    free_width: bool = True
+    distinct_towers: bool = True
+
+
+STYLES = (Style(), Style(True, False), Style(False, True), Style(False, False))
+
+
+@dataclass
+class _State:
+    shape: int
+    style: Style
+    towers: int = 0
+    widths: dict[int, int] = field(default_factory=dict)
+    mapped: dict[tuple[str, int], int] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
+    tokens: dict[int, int] = field(default_factory=dict)
+
+    def choose(self, role: str, real: int, candidates: tuple[int, ...]) -> int:
+        """The same small number for the same role and real number, a new one otherwise."""
+        key = (role, real)
+        if key not in self.mapped:
+            free = [number for number in candidates if number not in self.used]
+            self.mapped[key] = free[0] if free else candidates[-1] + 10 * len(self.mapped)
+            self.used.add(self.mapped[key])
+        return self.mapped[key]
+
+
+def shrink(config: Mapping[str, Any], shape: int, style: Style = STYLES[0]) -> Config:
+    """A small configuration of the same structure.
+
+    Args:
+        config: a canonical configuration with the lists that the class derives (see `miniature`).
+        shape: 0 or 1, two sets of sizes.
+        style: how freely they may be chosen.
+    """
+    state = _State(shape, style)
+    return _node(copy.deepcopy(dict(config)), state)
+
+
+def vocabulary(shape: int) -> int:
+    """The vocabulary size of a miniature."""
+    return 96 + 16 * shape
+
+
+def _node(node: Config, state: _State) -> Config:
+    real = dict(node)
+    by_role: dict[str, list[str]] = {}
+    for name, value in real.items():
+        if name in SIZES and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            by_role.setdefault(SIZES[name], []).append(name)
+    _attention(node, real, by_role, state)
+    for role, names in by_role.items():
+        for name in names:
+            node[name] = _size(role, name, real[name], node, real, state)
+    _experts(node, real, by_role, state)
+    _layers(node, real, by_role, state)
+    _image(node, real, state)
+    _tokens(node, state)
+    for name, value in list(node.items()):
+        if isinstance(value, float) and "drop" in name:
+            node[name] = 0.0
+        elif isinstance(value, dict) and name != "rope_parameters" and _has_sizes(value):
+            node[name] = _node(value, state)
+    if node.keys() & {"id2label", "label2id", "num_labels"}:
+        for name in ("id2label", "label2id", "problem_type"):
+            node.pop(name, None)
+        node["num_labels"] = LABELS
+    return node
+
+
+def _has_sizes(value: Mapping[str, Any]) -> bool:
+    return any(name in SIZES for name in value)
+
+
+# ---- attention: groups, heads, head sizes, the residual width
+
+
+def _attention(node: Config, real: Config, by_role: dict[str, list[str]], state: _State) -> None:
+    heads = by_role.get("heads", [])
+    if not heads:
+        return
+    tower = state.towers if state.style.distinct_towers else 0
+    state.towers += 1
+    shape = state.shape
+    n_query = real[heads[0]]
+    n_kv = next((real[name] for name in by_role.get("kv_heads", [])), n_query)
+    slot = tower % len(_GROUPS)
+    if n_kv == 1 and n_query > 1:
+        groups, repeat = 1, (4, 3)[shape]
+    elif 0 < n_kv < n_query:
+        groups, repeat = ((2, 3), (3, 2))[shape] if tower % 2 == 0 else ((2, 2), (2, 3))[shape]
+    else:
+        groups, repeat = _GROUPS[slot][shape], 1
+    head_dim = _head_dim(_HEAD_DIMS[slot], real, by_role, shape)
+    count = groups * repeat
+    for name in heads:
+        node[name] = count if real[name] == n_query else state.choose("heads", real[name], (count, 2 * count))
+    for name in by_role.get("kv_heads", []):
+        node[name] = groups
+    for name in by_role.get("head_dim", []):
+        node[name] = head_dim
+    for name in by_role.get("head_scale", []):
+        node[name] = head_dim
+    latent = by_role.get("nope_dim") and by_role.get("rope_dim")
+    for name in by_role.get("rope_dim", []):
+        node[name] = (8, 12)[shape] if latent else _even(min(head_dim, max(4, head_dim // 2)))
+    for name in by_role.get("nope_dim", []):
+        node[name] = (12, 10)[shape]
+    for name in by_role.get("value_dim", []):
+        node[name] = (10, 14)[shape]
+    for name in by_role.get("qk_dim", []):
+        node[name] = (20, 22)[shape]
+    if latent:
+        for name in by_role.get("head_dim", []):
+            node[name] = (8, 12)[shape] if real[name] == real[by_role["rope_dim"][0]] else (20, 22)[shape]
+    free = any(SIZES.get(name) == "head_dim" for name in real)
+    if state.style.free_width and (free or latent):
+        for name, value in real.items():
+            if SIZES.get(name) == "head_dim" and value is None:
+                node[name] = head_dim
+        width = count * (head_dim // 2 + 2 + (head_dim // 2) % 2)
+    else:
+        width = count * head_dim
+        if not latent:
+            for name in by_role.get("head_dim", []):
+                node[name] = head_dim
+    for name in by_role.get("width", [])[:1]:
+        known = state.widths.get(real[name])
+        if known is not None and not state.style.distinct_towers:
+            width = known
+        state.widths.setdefault(real[name], width)
+        node[name] = width
+        state.used |= {width, count * head_dim, groups * head_dim}
+    _rotary(node.get("rope_parameters"), _real_head_dim(real, by_role), head_dim)
+
+
+def _real_head_dim(real: Config, by_role: dict[str, list[str]]) -> int | None:
+    for name in by_role.get("head_dim", []):
+        return int(real[name])
+    if by_role.get("width") and by_role.get("heads"):
+        return int(real[by_role["width"][0]]) // int(real[by_role["heads"][0]])
+    return None
+
+
+def _head_dim(both: tuple[int, int], real: Config, by_role: dict[str, list[str]], shape: int) -> int:
+    """A head size whose rotary part is even and has two pairs or more: one hides how they are laid out."""
+    fractions = _fractions(real.get("rope_parameters"))
+    if not fractions:
+        return both[shape]
+
+    def fits(size: int) -> bool:
+        return all(int(size * part) >= 4 and int(size * part) % 2 == 0 for part in fractions)
+
+    if all(fits(size) for size in both):
+        return both[shape]
+    options = [size for size in _FALLBACK_HEAD_DIMS if fits(size)]
+    return options[min(shape, len(options) - 1)] if options else both[shape]
+
+
+def _fractions(rotary: Any) -> list[float]:
+    if not isinstance(rotary, Mapping):
+        return []
+    own = rotary.get("partial_rotary_factor")
+    nested = [part for value in rotary.values() for part in _fractions(value)]
+    return nested if own is None else [float(own), *nested]
+
+
+def _rotary(rotary: Any, real_head_dim: int | None, head_dim: int) -> None:
+    """Resize what has one entry a rotated pair: frequency factors and the sections of several axes."""
+    if not isinstance(rotary, dict) or not real_head_dim:
+        return
+    part = float(rotary.get("partial_rotary_factor") or 1.0)
+    real_pairs, pairs = int(real_head_dim * part) // 2, int(head_dim * part) // 2
+    for name, value in rotary.items():
+        if isinstance(value, dict):
+            _rotary(value, real_head_dim, head_dim)
+        elif isinstance(value, list) and len(value) == real_pairs and name != "mrope_section":
+            rotary[name] = [value[i * real_pairs // pairs] for i in range(pairs)]
+        elif isinstance(value, list) and name == "mrope_section" and sum(value) == real_pairs:
+            sections = [max(1, entry * pairs // real_pairs) for entry in value]
+            sections[0] += pairs - sum(sections)
+            rotary[name] = sections
+
+
+def _even(number: int) -> int:
+    return number - number % 2
+
+
+# ---- everything that is one number
+
+
+def _size(role: str, name: str, value: Any, node: Config, real: Config, state: _State) -> Any:
+    shape = state.shape
+    match role:
+        case "width":
+            if node[name] != value or isinstance(value, float):
+                return node[name]
+            if value in state.widths:
+                return state.widths[value]
+            state.widths[value] = state.choose(role, value, (48, 64, 80) if shape == 0 else (72, 96, 120))
+            return state.widths[value]
+        case "inner":
+            return state.choose(role, value, _INNER[shape])
+        case "linked":
+            own = [key for key in real if SIZES.get(key) == "width" and real[key] == value]
+            if own:
+                return _size("width", own[0], real[own[0]], node, real, state)
+            return state.widths[value] if value in state.widths else state.choose(role, value, _INNER[shape])
+        case "rank":
+            return state.choose(role, value, _RANKS[shape])
+        case "vocabulary":
+            return vocabulary(shape)
+        case "positions":
+            return 64 + 8 * shape
+        case "source_positions":
+            return 30 - 4 * shape
+        case "window":
+            return min(value, 8)
+        case "top_k":
+            # with routing groups there are many experts: more of them have to be chosen for all to take part
+            return min(value, 4 if (real.get("n_group") or 1) > 1 else 2)
+        case "count":
+            return min(value, 2)
+        case "ratio":
+            return (3, 2)[shape]
+        case "mels":
+            return (16, 20)[shape]
+        case _:
+            return node[name]
+
+
+def _experts(node: Config, real: Config, by_role: dict[str, list[str]], state: _State) -> None:
+    names = by_role.get("experts", [])
+    if not names:
+        return
+    top_k = max([node[name] for name in by_role.get("top_k", [])], default=1)
+    routed_groups = real.get("n_group") or 1
+    each = 2 + state.shape if routed_groups > 1 else top_k + 2 + 2 * state.shape
+    for name in names:
+        node[name] = routed_groups * each if real[name] > 1 else real[name]
+
+
+# ---- layers: at least one of each kind, at least two of all
+
+
+def _layers(node: Config, real: Config, by_role: dict[str, list[str]], state: _State) -> None:
+    names = by_role.get("layers", [])
+    if not names:
+        return
+    depth = real[names[0]]
+    lists = {
+        key: value
+        for key, value in real.items()
+        if isinstance(value, list) and len(value) == depth and (key in PER_LAYER or _repeats(value))
+    }
+    dense = [real[key] for key in by_role.get("dense_layers", [])]
+    chosen = {
+        key: value
+        for key, value in real.items()
+        if key in LAYER_INDICES and isinstance(value, list) and value
+    }
+    periods = [
+        value
+        for key, value in real.items()
+        if key in PERIODS and isinstance(value, int) and value > 1 and not ("sliding" in key and lists)
+    ]
+
+    def kind(layer: int) -> str:
+        return repr(
+            [value[layer] for value in lists.values()]
+            + [layer < first for first in dense]
+            + [layer in value for value in chosen.values()]
+            + [(layer + 1) % period == 0 for period in periods]
+        )
+
+    kinds: dict[str, list[int]] = {}
+    for layer in range(depth):
+        kinds.setdefault(kind(layer), []).append(layer)
+    if periods:
+        # the class computes the kind from the layer's number: keep a prefix
+        keep = list(range(min(depth, max(2, *(2 * p for p in periods)), _MAX_LAYERS)))
+    else:
+        each = 2 + state.shape if len(kinds) == 1 else 2
+        keep = sorted(layer for layers in kinds.values() for layer in layers[:each])
+        if len(kinds) > 4:
+            keep = sorted(layers[0] for layers in kinds.values())[:_MAX_LAYERS]
+    for key in lists:
+        node[key] = [real[key][layer] for layer in keep]
+    for key in chosen:
+        node[key] = [i for i, layer in enumerate(keep) if layer in real[key]]
+    for key in by_role.get("dense_layers", []):
+        node[key] = sum(layer < real[key] for layer in keep)
+    for name in names:
+        # a second stack of another depth gets the plain number
+        node[name] = len(keep) if real[name] == depth else 2 + state.shape
+    for name in by_role.get("extra_layers", []):
+        node[name] = min(real[name], len(keep))
+
+
+def _repeats(value: list[Any]) -> bool:
+    """Whether a list is worth reading as one entry a layer: short strings, flags or few distinct numbers."""
+    plain = all(isinstance(entry, str | bool | int) for entry in value)
+    return len(value) > 2 and plain and len({repr(entry) for entry in value}) <= 4
+
+
+# ---- images and tokens
+
+
+def _image(node: Config, real: Config, state: _State) -> None:
+    patch = (4, 6)[state.shape]
+
+    def like(value: Any, number: int) -> Any:
+        if isinstance(value, list):
+            return [number] * len(value)
+        if isinstance(value, dict):
+            return dict.fromkeys(value, number)
+        return number
+
+    image, size = real.get("image_size"), real.get("patch_size")
+    if size is not None:
+        node["patch_size"] = like(size, patch)
+        if image is not None:
+            node["image_size"] = like(image, 5 * patch)
+
+
+def _tokens(node: Config, state: _State) -> None:
+    def small(token: int) -> int:
+        if token < FIRST_FREE_TOKEN:
+            return token
+        if token not in state.tokens:
+            state.tokens[token] = vocabulary(state.shape) - 1 - len(state.tokens) % SPECIAL_TOKENS
+        return state.tokens[token]
+
+    for name, value in node.items():
+        if not name.endswith(("_token_id", "_token_index", "_token_ids", "suppress_tokens")):
+            continue
+        if isinstance(value, int) and not isinstance(value, bool):
+            node[name] = small(value)
+        elif isinstance(value, list) and all(isinstance(token, int) for token in value):
+            node[name] = [small(token) for token in value]

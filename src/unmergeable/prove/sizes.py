@@ -1,0 +1,130 @@
+"""Find which config field a size comes from, as an expression that holds in every miniature.
+
+The miniatures have different, odd-looking sizes, so an expression that gives all of them is hardly a
+coincidence; and the checkpoint's own shapes are checked against it at every lock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import InputError
+from ..spec import evaluate_size
+
+Values = tuple[int, ...]
+
+_HEADS = re.compile(r"(heads?|n_head|num_heads|query_groups|n_head_kv)$")
+_KV = re.compile(r"key_value|kv|group")
+_WIDTH = re.compile(r"(hidden_size|d_model|n_embd|n_embed|embed_dim|hidden_dim|dim|width)$")
+_TOWERS = frozenset("encoder decoder text vision audio image speech cross".split())
+
+
+class Sizes:
+    """The integer fields of several miniature configs, and expressions over them."""
+
+    def __init__(self, configs: Sequence[Mapping[str, Any]]) -> None:
+        self.configs = tuple(configs)
+        self.fields: dict[str, tuple[int | None, ...]] = {}
+        self.fractions: dict[str, tuple[float, ...]] = {}
+        for path, values in _every(self.configs):
+            if all(isinstance(v, float) and 0 < v < 1 for v in values) and re.search("rotary|rope", path):
+                self.fractions[path] = values
+            whole = all(v is None or (isinstance(v, int) and not isinstance(v, bool) and v > 0) for v in values)
+            if whole and any(v is not None for v in values) and not path.rpartition(".")[2].startswith("_"):
+                self.fields[path] = values
+
+    def values(self, expression: str) -> Values | None:
+        """What an expression gives in every miniature; None where it does not give a size in all."""
+        try:
+            return tuple(evaluate_size(expression, config) for config in self.configs)
+        except InputError:
+            return None
+
+    def heads(self, scope: str) -> list[str]:
+        """Expressions that may count heads, the likeliest for tensors under `scope` first."""
+        found = []
+        for path, values in self.fields.items():
+            leaf = path.rpartition(".")[2]
+            if not _HEADS.search(leaf) or re.search("dim|size", leaf):
+                continue
+            if None not in values:
+                found.append(path)
+            else:
+                found += [
+                    f"{path} or {other}"
+                    for other in self.fields
+                    if other != path and _HEADS.search(other) and self.values(f"{path} or {other}")
+                ]
+        found.sort(key=lambda text: (-self._nearness(text, scope), bool(_KV.search(text)), len(text)))
+        return list({self.values(text): text for text in reversed(found)}.values())[::-1]
+
+    def find_field(self, leaf: str) -> set[tuple[int | None, ...]]:
+        """The values of every field of this name, in the config and its parts."""
+        return {values for path, values in self.fields.items() if path.rpartition(".")[2] == leaf}
+
+    def find(self, values: Values, scope: str, hint: str = "") -> str | None:
+        """The simplest expression that gives these sizes, from fields near `scope`; None if there is none.
+
+        `hint` is a regular expression of field names to prefer.
+        """
+        best: tuple[tuple[int, bool, int, int], str] | None = None
+        for text in self._expressions(values):
+            if self.values(text) != values:
+                continue
+            rank = (
+                -self._nearness(text, scope),
+                not (hint and re.search(hint, text)),
+                len(re.findall(r"[a-z_.]+", text)),
+                len(text),
+            )
+            if best is None or rank < best[0]:
+                best = rank, text
+        return best[1] if best else None
+
+    def _nearness(self, text: str, scope: str) -> int:
+        """How well the towers named in a field fit the towers named in a tensor."""
+        mine = {word for word in re.split(r"[^a-z]+", re.sub("_", " ", text.lower())) if word in _TOWERS}
+        theirs = set(re.split(r"[^a-z]+", re.sub("_", " ", scope.lower()))) & _TOWERS
+        return len(mine & theirs) - len(mine - theirs)
+
+    def _expressions(self, wanted: Values) -> Iterator[str]:
+        names = list(self.fields)
+        if len(set(wanted)) == 1:
+            yield str(wanted[0])
+        yield from (path for path in names if self.fields[path] == wanted)
+        widths = [path for path in names if _WIDTH.search(path)]
+        heads = [path for path in names if _HEADS.search(path)]
+        rules = [f"{width} // {count}" for width in widths for count in heads if _beside(width, count)]
+        rules += [f"{k} * {path}" for path in widths for k in (2, 3, 4, 8)]
+        rules += [f"{x} // ({y})" for x in heads for y in self.heads(x) if x != y and _beside(x, y)]
+        yield from rules
+        # a field that is null in one of them has a rule instead: `head_dim or hidden_size // num_heads`
+        for path in names:
+            values = self.fields[path]
+            if None in values and all(v in (None, w) for v, w in zip(values, wanted, strict=True)):
+                yield from (f"{path} or {rule}" for rule in (*rules, *names) if rule != path)
+        for i, x in enumerate(names):
+            for y in names[i + 1 :]:
+                pairs = zip(self.fields[x], self.fields[y], wanted, strict=True)
+                if all(a and b and a * b == c for a, b, c in pairs):
+                    yield f"{x} * {y}"
+
+
+def _beside(x: str, y: str) -> bool:
+    """Whether two fields stand in one sub-config."""
+    return x.rpartition(".")[0] == y.split(" or ")[0].rpartition(".")[0]
+
+
+def _every(configs: Sequence[Mapping[str, Any]], path: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    for key in keys:
+        values = tuple(config.get(key) for config in configs)
+        if not str(key).isidentifier():
+            continue
+        nested = [value for value in values if isinstance(value, Mapping)]
+        if len(nested) == len(values):
+            yield from _every(nested, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", values
