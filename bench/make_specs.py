@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from families import FAMILIES, configurations
 
+from families import FAMILIES, configurations
 from unmergeable.errors import UnmergeableError
 from unmergeable.prove.prove import prove_specs
 
 TARGET = Path(__file__).parent.parent / "src" / "unmergeable" / "specs"
-OWN = ("untouched", "ignored", "prefix", "evidence")  # what each class has for itself
+OWN = ("configs", "untouched", "ignored", "prefix", "evidence")  # what each class has for itself
 
 
 def family_file(family: str) -> dict[str, Any]:
@@ -48,14 +48,14 @@ def family_file(family: str) -> dict[str, Any]:
             }
             architecture = data.pop("architecture")
             reference = f"{data['model_type']}-{len(defaults)}"
-            known = next((key for key, value in defaults.items() if value == data["defaults"]), None)
-            if known is None:
+            same = next((key for key, value in defaults.items() if value == data["defaults"]), None)
+            if same is None:
                 defaults[reference] = data["defaults"]
-            data["defaults"] = known or reference
-            data["refused"] = [r for r in data["refused"]]
+            data["defaults"] = same or reference
             key = json.dumps(data, sort_keys=True)
             entry = entries.setdefault(key, {**data, "architectures": {}})
-            entry["architectures"][architecture] = own
+            known = entry["architectures"].setdefault(architecture, own)
+            known["configs"] += [fields for fields in own["configs"] if fields not in known["configs"]]
         print(f"  {name} {_variant(config)}: {len(specs)} in {time.monotonic() - started:.0f} s", flush=True)
     return {"format": 1, "defaults": defaults, "specs": list(entries.values())}
 

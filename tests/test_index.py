@@ -60,7 +60,20 @@ def test_positions_follow_the_order_asked_for() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "  ", "[g | d", "g ]", "[g | d]", "[g | d].2", "[g | d].0.1", "g.0", "g g", "[a | b].0 [c | d]", "g + d", "[|].0"],
+    [
+        "",
+        "  ",
+        "[g | d",
+        "g ]",
+        "[g | d]",
+        "[g | d].2",
+        "[g | d].0.1",
+        "g.0",
+        "g g",
+        "[a | b].0 [c | d]",
+        "g + d",
+        "[|].0",
+    ],
 )
 def test_what_is_not_an_index_string_is_refused(text: str) -> None:
     with pytest.raises(InputError):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import toy
 
+import toy
 from unmergeable.errors import InputError
 from unmergeable.match import match_spec
 from unmergeable.spec import Spec, evaluate_size, fill, name_regex
@@ -65,6 +65,7 @@ def with_(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
         (with_(["sites", 0, "slots"], []), "without tensors"),
         (with_(["sites", 0, "acts"], "z"), "neither on an axis nor in the name"),
         (with_(["sites", 0, "per"], ["l", "q"]), "not on an axis"),
+        (with_(["sites", 3, "name"], "l.{l}.named"), "the dim 'e' of the site is not in its name"),
         (with_(["sites", 0, "slots", 0, "tensor"], "q.weight"), "not in the tensor's name"),
         (with_(["sites", 0, "slots", 0, "index"], {"0": "g r c a", "1": "g"}), "on two axes"),
         (with_(["sites", 0, "slots", 0, "index"], {"0": "g r c a b"}), "no size for b"),
@@ -81,7 +82,16 @@ def test_a_spec_that_contradicts_itself_is_refused(
         Spec.from_dict(data)
 
 
-CONFIG = {"heads": 6, "kv": 2, "hidden": 48, "none": None, "text": {"dim": 5}, "part": 0.25, "name": "x", "flag": True}
+CONFIG = {
+    "heads": 6,
+    "kv": 2,
+    "hidden": 48,
+    "none": None,
+    "text": {"dim": 5},
+    "part": 0.25,
+    "name": "x",
+    "flag": True,
+}
 
 
 @pytest.mark.parametrize(

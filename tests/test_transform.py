@@ -48,7 +48,11 @@ class Block:
         """The index of the queries (0), keys (1) or values (2) with the head dim written as `inner`."""
         if self.fused == "no":
             return f"g r {inner}" if part == 0 else f"g {inner}"
-        body = f"[g r {inner} | g {inner} | g {inner}]" if self.fused == "parts" else f"g [r {inner} | {inner} | {inner}]"
+        body = (
+            f"[g r {inner} | g {inner} | g {inner}]"
+            if self.fused == "parts"
+            else f"g [r {inner} | {inner} | {inner}]"
+        )
         return f"{body}.{part}"
 
     def tensor(self, part: int) -> str:
@@ -84,7 +88,7 @@ class Block:
             Site("within", "heads", "r", ("g",), "permutation", sizes, (*own, out)),
             Site("heads", "heads", "g", (), "permutation", sizes, (*heads, out)),
         )
-        return Spec("X", "x", "disk", {}, {}, {}, sites)
+        return Spec("X", "x", "disk", ({},), {}, sites)
 
     def weights(self, seed: int) -> dict[str, np.ndarray]:
         rng, h, q, kv = np.random.default_rng(seed), self.hidden, self.g * self.r * self.d, self.g * self.d
@@ -162,7 +166,9 @@ def test_the_function_is_preserved_and_the_inverse_undoes(block: Block, name: st
     assert np.abs(after - before).max() <= 1e-9 * np.abs(before).max()
     touched = [tensor for tensor, plan in plans.items() if plan.steps]
     assert touched
-    assert all(not np.allclose(locked[tensor], weights[tensor]) for tensor in touched if tensor.endswith("o.weight"))
+    assert all(
+        not np.allclose(locked[tensor], weights[tensor]) for tensor in touched if tensor.endswith("o.weight")
+    )
     for tensor in weights:
         plan = compile_tensor(match, elements, tensor, undo=True)
         back = apply_floats(locked[plan.source], plan.steps)

@@ -25,7 +25,15 @@ CONFIG: dict[str, Any] = {
     "experts": 4,
     "torch_dtype": "bfloat16",
 }
-_SIZES = {"g": "kv", "r": "heads // kv", "a": "head_dim // 2", "c": "2", "f": "ff", "e": "experts", "j": "head_dim"}
+_SIZES = {
+    "g": "kv",
+    "r": "heads // kv",
+    "a": "head_dim // 2",
+    "c": "2",
+    "f": "ff",
+    "e": "experts",
+    "j": "head_dim",
+}
 
 
 def key(seed: int = 1) -> Key:
@@ -37,7 +45,9 @@ def _slot(tensor: str, index: dict[str, str], power: int = 1) -> dict[str, Any]:
     return {"tensor": f"l.{{l}}.{tensor}", "index": index, "power": power}
 
 
-def _site(name: str, kind: str, acts: str, per: list[str], group: str, slots: list[dict[str, Any]]) -> dict[str, Any]:
+def _site(
+    name: str, kind: str, acts: str, per: list[str], group: str, slots: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "name": f"l.{{l}}.{name}",
         "kind": kind,
@@ -55,13 +65,14 @@ def spec_dict() -> dict[str, Any]:
     q, k, v, o = "q.weight", "k.weight", "v.weight", "o.weight"
     sites = [
         _site("qk", "qk", "c", ["l", "g", "a"], "complex",
-              [_slot(q, {"0": "g r c a"}, -1), _slot("q.bias", {"0": "g r c a"}, -1), _slot(k, {"0": "g c a"})]),
+              [_slot(q, {"0": "g r c a"}, -1), _slot("q.bias", {"0": "g r c a"}, -1),
+               _slot(k, {"0": "g c a"})]),
         _site("vo", "vo", "j", ["l", "g"], "general_linear",
               [_slot(v, {"0": "g j"}), _slot("v.bias", {"0": "g j"}), _slot(o, {"1": "g r j"}, -1)]),
         _site("mlp", "mlp", "f", ["l", "e"], "monomial",
               [_slot("gu", {"0": "e", "2": "f [1 | 1].0"}, 0), _slot("gu", {"0": "e", "2": "f [1 | 1].1"}),
                _slot("down", {"0": "e", "1": "f"}, -1)]),
-        _site("named", "mlp", "f", ["l", "e"], "monomial",
+        _site("x.{e}.named", "mlp", "f", ["l", "e"], "monomial",
               [_slot("x.{e}.gate", {"0": "f"}, 0), _slot("x.{e}.up", {"0": "f"}),
                _slot("x.{e}.down", {"1": "f"}, -1)]),
         _site("within", "heads", "r", ["l", "g"], "permutation",
@@ -80,9 +91,8 @@ def spec_dict() -> dict[str, Any]:
         "architecture": "ToyModel",
         "model_type": "toy",
         "layout": "canonical",
-        "config": {},
+        "configs": [{}],
         "defaults": {},
-        "aliases": {},
         "sites": sites,
         "refused": [{"site": "l.{l}.norm", "reason": "a norm has no symmetry of its own"}],
         "untouched": ["embed", "l.{l}.norm"],
@@ -141,7 +151,11 @@ def forward(weights: dict[str, np.ndarray], layers: int = LAYERS) -> np.ndarray:
         return z / np.linalg.norm(z, axis=-1, keepdims=True) * 4 * (1 + 0.1 * scale)
 
     for n in range(layers):
-        w = {name.removeprefix(f"l.{n}."): value for name, value in weights.items() if name.startswith(f"l.{n}.")}
+        w = {
+            name.removeprefix(f"l.{n}."): value
+            for name, value in weights.items()
+            if name.startswith(f"l.{n}.")
+        }
         h = normed(x, w["norm"])
         q = (h @ w["q.weight"].T + w["q.bias"]).reshape(7, kv, group, 2, hd // 2)
         k = (h @ w["k.weight"].T).reshape(7, kv, 2, hd // 2)
@@ -182,7 +196,9 @@ def write(
             own = {name: values[name] for name in names[k::shards]}
             write_file(folder / file, own, dtype=dtype)
             weight_map |= dict.fromkeys(own, file)
-        total = sum(value.size for value in values.values()) * {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}[dtype]
+        total = (
+            sum(value.size for value in values.values()) * {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}[dtype]
+        )
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     if config is not None:

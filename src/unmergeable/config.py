@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from unmergeable.prove.fields import DERIVED, INERT, INERT_ROTARY, LAYER_INDICES, PER_LAYER, SIZES
+from unmergeable.fields import DERIVED, INERT, INERT_ROTARY, LAYER_INDICES, PER_LAYER, ROTARY_KINDS, SIZES
 
 Config = dict[str, Any]
 
@@ -192,6 +192,8 @@ def _rotary_structure(rotary: Mapping[str, Any]) -> Config:
     for name, value in rotary.items():
         if isinstance(value, Mapping):
             result[name] = _rotary_structure(value)
+        elif name == "rope_type" and value in ROTARY_KINDS:
+            result[name] = "frequencies"
         elif name not in INERT_ROTARY:
             result[name] = copy.deepcopy(value)
     return result

@@ -36,8 +36,8 @@ _ROLES = {
         cross_attention_hidden_size
     """,
     "heads": """
-        num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
-        encoder_num_attention_heads decoder_num_attention_heads
+        num_attention_heads attention_heads n_head n_heads num_heads encoder_attention_heads
+        decoder_attention_heads encoder_num_attention_heads decoder_num_attention_heads
     """,
     "kv_heads": "num_key_value_heads num_kv_heads n_head_kv n_kv_heads num_query_groups",
     "head_dim": "head_dim d_kv attention_head_dim kv_channels head_size d_head attention_head_size",
@@ -115,7 +115,8 @@ INERT = _names(
     license tags use_bfloat16 torchscript tf_legacy_loss gradient_checkpointing return_dict
     use_return_dict output_attentions output_hidden_states output_router_logits output_scores
     attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-    experts_implementation use_cache keys_to_ignore_at_inference chunk_size_feed_forward pretraining_tp
+    experts_implementation use_cache keys_to_ignore_at_inference cache_implementation output_past
+    chunk_size_feed_forward pretraining_tp
     slow_but_exact static is_composition unsloth_version unsloth_fixed logits_to_keep num_logits_to_keep
     torch_compile
     """,
@@ -169,3 +170,7 @@ INERT_ROTARY = _names(
     short_mscale truncate
     """
 )
+
+#: Kinds of rotary scaling that only choose frequencies and one positive factor of the scores. Every group that is
+#: proven commutes with rotations by any angle; another kind is structure.
+ROTARY_KINDS = frozenset(["default", "linear", "dynamic", "yarn", "longrope", "llama3"])

@@ -161,7 +161,8 @@ def _angles(stream: Stream, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
 def _rounds(stream: Stream, b: int, n: int) -> list[tuple[Ints, Floats, Floats]]:
     """A random orthogonal matrix as rounds of plane rotations on randomly paired rows."""
     return [
-        (_permutation(stream, b, n), *_angles(stream, (b, n // 2))) for _ in range(2 * ceil(log2(max(n, 2))) + 2)
+        (_permutation(stream, b, n), *_angles(stream, (b, n // 2)))
+        for _ in range(2 * ceil(log2(max(n, 2))) + 2)
     ]
 
 
@@ -228,7 +229,10 @@ class Group:
     def check(self, n: int, where: str) -> None:
         if self.size is not None and n != self.size:
             raise InputError(
-                f"the group '{self.name}' acts on {self.size} coordinates", where=where, expected=self.size, got=n
+                f"the group '{self.name}' acts on {self.size} coordinates",
+                where=where,
+                expected=self.size,
+                got=n,
             )
 
     def draw_exact(self, stream: Stream, b: int, n: int, scales: bool = False) -> Monomial:
@@ -310,7 +314,9 @@ GROUPS: dict[str, Group] = {
         Group("scalar", "one signed scale for all coordinates", _negation, _scalar, "whole"),
         Group("permutation", "any order", _plain_permutation, _unscaled(_plain_permutation)),
         Group("monomial", "any order, signed scales", _signed_permutation, _monomial, "each"),
-        Group("positive_monomial", "any order, positive scales", _plain_permutation, _positive_monomial, "each"),
+        Group(
+            "positive_monomial", "any order, positive scales", _plain_permutation, _positive_monomial, "each"
+        ),
     )
 }
 

@@ -105,7 +105,8 @@ def parse_index(text: str) -> Index:
         InputError: the string does not follow the grammar, names a dim twice in one view, or its path does
             not lead to a segment.
     """
-    body, path = text, ()
+    body = text
+    path: tuple[int, ...] = ()
     if match := re.search(r"((?:\.\d+)+)\s*$", text):
         body = text[: match.start()]
         path = tuple(int(part) for part in match.group(1)[1:].split("."))
@@ -156,7 +157,9 @@ def _parse_product(text: str, tokens: list[str]) -> tuple[Product, list[str]]:
 
 def _bad(text: str, what: str) -> InputError:
     return InputError(
-        f"not an index string: {what}", where=f"'{text}'", expected="dims and '[… | …]' as in 'g [r i | i | i].1'"
+        f"not an index string: {what}",
+        where=f"'{text}'",
+        expected="dims and '[… | …]' as in 'g [r i | i | i].1'",
     )
 
 

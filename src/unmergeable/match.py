@@ -41,9 +41,16 @@ class MatchedSite:
         """Sizes of the batch dims: how many elements an instance has."""
         return tuple(self.sizes[dim] for dim in self.site.batch_dims)
 
+    @property
+    def trivial(self) -> bool:
+        """Whether there is nothing to choose: one head to a group, say, has one order."""
+        return self.acted == 1 and self.site.group == "permutation"
+
     def label(self, instance: Instance) -> str:
         """The name of one instance, as streams and messages call it."""
-        return fill_known(self.site.name, dict(zip(self.site.name_dims, instance, strict=True)))
+        dims = dict(zip(self.site.name_dims, instance, strict=True))
+        rest = [f"{dim}={number}" for dim, number in dims.items() if f"{{{dim}}}" not in self.site.name]
+        return "|".join([fill_known(self.site.name, dims), *rest])
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,9 @@ def match_spec(
     }
     problems: list[str] = []
     parts: dict[str, list[Part]] = {}
-    sites = tuple(_match_site(number, site, known, config, parts, problems) for number, site in enumerate(spec.sites))
+    sites = tuple(
+        _match_site(number, site, known, config, parts, problems) for number, site in enumerate(spec.sites)
+    )
     if whole:
         problems += _leftovers(spec, known, parts)
     if problems:
@@ -99,7 +108,9 @@ def match_spec(
             hint=f"the spec is for {spec.architecture} ({spec.layout} names); "
             "check config.json, or prove a spec of your own with `unmergeable inspect`",
         )
-    return Match(spec, sites, {_exchange(name, prefix): tuple(found) for name, found in parts.items()}, prefix)
+    return Match(
+        spec, sites, {_exchange(name, prefix): tuple(found) for name, found in parts.items()}, prefix
+    )
 
 
 def _match_site(
@@ -126,7 +137,9 @@ def _match_site(
                 total = index.view(sizes).total
                 got = shape[axis] if axis < len(shape) else None
                 if got != total:
-                    problems.append(f"{name}: axis {axis} is '{index.text}' = {total} by the config, got {got}")
+                    problems.append(
+                        f"{name}: axis {axis} is '{index.text}' = {total} by the config, got {got}"
+                    )
     if not found:
         problems.append(f"no tensor of the site {site.name}, as {site.slots[0].tensor}")
         return MatchedSite(site, sizes, ())

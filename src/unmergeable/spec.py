@@ -76,16 +76,23 @@ class Site:
         """Raise InputError where the site contradicts itself."""
         group(self.group)
         if self.kind not in KINDS:
-            raise InputError("unknown kind of site", where=self.name, expected=" | ".join(KINDS), got=self.kind)
+            raise InputError(
+                "unknown kind of site", where=self.name, expected=" | ".join(KINDS), got=self.kind
+            )
         if not self.slots:
             raise InputError("a site without tensors", where=self.name)
+        for dim in self.name_dims:
+            if f"{{{dim}}}" not in self.name:  # two instances of one name would share their secret
+                raise InputError(f"the dim '{dim}' of the site is not in its name", where=self.name)
         for slot in self.slots:
             where = f"{self.name}: {slot.tensor}"
             on_axes = [dim for index in slot.axes.values() for dim in index.dims]
             if len(set(on_axes)) != len(on_axes):
                 raise InputError("a dim lies on two axes", where=where, got=dict(slot.index))
             if self.acts not in on_axes and self.acts not in slot.name_dims:
-                raise InputError(f"the acted dim '{self.acts}' is neither on an axis nor in the name", where=where)
+                raise InputError(
+                    f"the acted dim '{self.acts}' is neither on an axis nor in the name", where=where
+                )
             for dim in self.batch_dims:
                 if dim not in on_axes:
                     raise InputError(f"the dim '{dim}' of the site is not on an axis", where=where)
@@ -109,17 +116,16 @@ class Refusal:
 class Spec:
     """The proven sites of one architecture, configuration and layout of names.
 
-    `config` holds the fields that decide the structure, with the values they must have; `defaults` what
-    config.json may leave out; `aliases` other spellings of fields. `untouched` and `ignored` are the name
-    patterns of all further tensors: those the function reads, and leftovers that stock loaders drop.
+    `configs` holds the fields that decide the structure, with the values they must have, in every spelling
+    that was proven; `defaults` what config.json may leave out. `untouched` are the name patterns of all further tensors
+    that the function reads, `ignored` regular expressions of leftovers that stock loaders drop.
     """
 
     architecture: str
     model_type: str
     layout: str
-    config: Mapping[str, Any]
+    configs: tuple[Mapping[str, Any], ...]
     defaults: Mapping[str, Any]
-    aliases: Mapping[str, Any]
     sites: tuple[Site, ...]
     refused: tuple[Refusal, ...] = ()
     untouched: tuple[str, ...] = ()
@@ -142,9 +148,8 @@ class Spec:
             "architecture": self.architecture,
             "model_type": self.model_type,
             "layout": self.layout,
-            "config": dict(self.config),
+            "configs": [dict(config) for config in self.configs],
             "defaults": dict(self.defaults),
-            "aliases": dict(self.aliases),
             "prefix": self.prefix,
             "sites": [
                 {
@@ -183,7 +188,11 @@ class Spec:
             raise InputError("not a spec", where=where, expected=f"a JSON object with format {FORMAT}")
         if data["format"] > FORMAT:
             raise InputError(
-                "a spec of a newer format", where=where, expected=FORMAT, got=data["format"], hint="update unmergeable"
+                "a spec of a newer format",
+                where=where,
+                expected=FORMAT,
+                got=data["format"],
+                hint="update unmergeable",
             )
         try:
             sites = tuple(
@@ -195,7 +204,11 @@ class Spec:
                     group=site["group"],
                     sizes=dict(site["sizes"]),
                     slots=tuple(
-                        Slot(slot["tensor"], {int(k): v for k, v in slot["index"].items()}, int(slot.get("power", 1)))
+                        Slot(
+                            slot["tensor"],
+                            {int(k): v for k, v in slot["index"].items()},
+                            int(slot.get("power", 1)),
+                        )
                         for slot in site["slots"]
                     ),
                     evidence=site.get("evidence", {}),
@@ -206,9 +219,8 @@ class Spec:
                 architecture=data["architecture"],
                 model_type=data["model_type"],
                 layout=data["layout"],
-                config=data["config"],
+                configs=tuple(dict(config) for config in data["configs"]),
                 defaults=data["defaults"],
-                aliases=data["aliases"],
                 prefix=data.get("prefix", ""),
                 sites=sites,
                 refused=tuple(Refusal(item["site"], item["reason"]) for item in data["refused"]),
@@ -240,7 +252,10 @@ def evaluate_size(expression: str, config: Mapping[str, Any], where: str = "size
     value = _value(tree.body, config, expression, where)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(
-            f"the config gives no size for '{expression}'", where=where, expected="a positive integer", got=value
+            f"the config gives no size for '{expression}'",
+            where=where,
+            expected="a positive integer",
+            got=value,
         )
     return value
 

@@ -96,7 +96,9 @@ def compile_tensor(match: Match, elements: Elements, name: str, *, undo: bool = 
     own = name if undo else moved
     steps = _merge(
         [
-            _step(part.slot, match.sites[part.site].sizes, match.sites[part.site].site.batch_dims, acts, element)
+            _step(
+                part.slot, match.sites[part.site].sizes, match.sites[part.site].site.batch_dims, acts, element
+            )
             for part, acts, element in _acting(match, elements, own)
         ]
     )
@@ -131,7 +133,9 @@ def _moved_name(match: Match, elements: Elements, name: str, undo: bool) -> str:
     return name
 
 
-def _step(slot: Slot, sizes: Mapping[str, int], batch_dims: Sequence[str], acts: str, element: Element) -> Step:
+def _step(
+    slot: Slot, sizes: Mapping[str, int], batch_dims: Sequence[str], acts: str, element: Element
+) -> Step:
     axis = slot.axis_of(acts)
     assert axis is not None
     view = slot.axes[axis].view(sizes)
@@ -145,7 +149,9 @@ def _step(slot: Slot, sizes: Mapping[str, int], batch_dims: Sequence[str], acts:
     if outside:
         outer_view = slot.axes[outer].view(sizes) if outer is not None else None
         if outer_view is None or outer_view.names != tuple(outside) or outer_view.offset:
-            raise AssertionError(f"{slot.tensor}: {outside} must be one whole axis")  # Site.check refuses these
+            raise AssertionError(
+                f"{slot.tensor}: {outside} must be one whole axis"
+            )  # Site.check refuses these
 
     def arrange(values: Array) -> Array:
         """[b, …] in the order of the site's batch dims -> [E, blocks here, …]."""
@@ -183,7 +189,11 @@ def _merge(steps: Sequence[Step]) -> list[Step]:
         while at and _commute(merged[at - 1], step):
             at -= 1
         last = merged[at - 1] if at else None
-        if isinstance(step, Take) and isinstance(last, Take) and (last.axis, last.outer) == (step.axis, step.outer):
+        if (
+            isinstance(step, Take)
+            and isinstance(last, Take)
+            and (last.axis, last.outer) == (step.axis, step.outer)
+        ):
             merged[at - 1] = step.after(last)
         else:
             merged.append(step)

@@ -7,6 +7,7 @@ NaN.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,16 @@ def _view(bits: Bits, dtype: str) -> npt.NDArray[np.floating[Any]]:
 
 def _upper_half(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
     """Rounds float32 bits to their upper 16, to nearest even; carries run on into the exponent."""
-    upper = bits >> np.uint32(16)
-    rounded = ((bits + (np.uint32(0x7FFF) + (upper & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
-    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    if nan.any():
-        kept = upper[nan].astype(np.uint16)
+    bits = bits.reshape(-1)
+    work = bits >> np.uint32(16)
+    work &= np.uint32(1)
+    work += np.uint32(0x7FFF)
+    work += bits
+    rounded = np.ascontiguousarray(work.view(np.uint16)[int(sys.byteorder == "little") :: 2])
+    # One pass over the numbers: a maximum with a NaN in it is NaN.
+    if bits.size and np.isnan(bits.view(np.float32).max()):
+        nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        kept = (bits[nan] >> np.uint32(16)).astype(np.uint16)
         # A NaN whose payload is in the lower half alone would turn into an infinity.
         kept[(kept & 0x7F) == 0] |= np.uint16(0x40)
         rounded[nan] = kept

@@ -32,7 +32,7 @@ _ROLES = {
     for word in words.split()
 }
 _OUTPUT = frozenset(_O.split())
-_WRAPPER = frozenset("linear dense 0 base_layer layer projection conv proj".split())
+_WRAPPER = frozenset(["linear", "dense", "0", "base_layer", "layer", "projection", "conv", "proj"])
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ def _each(total: Values, *parts: Values) -> Values | None:
     return tuple(out) if all(n >= 2 for n in out) else None
 
 
-def _outputs(module: str, stock: Sequence[Pattern], width: Values, taken: set[str]) -> list[tuple[Pattern, int]]:
+def _outputs(
+    module: str, stock: Sequence[Pattern], width: Values, taken: set[str]
+) -> list[tuple[Pattern, int]]:
     """Weights that may read the heads' values: (pattern, axis), the likeliest first."""
     names = [pattern.name for pattern in stock]
     last = max((names.index(name) for name in taken if name in names), default=0)
@@ -170,8 +172,17 @@ def _outputs(module: str, stock: Sequence[Pattern], width: Values, taken: set[st
             continue
         leaf = pattern.module.rpartition(".")[2].lower()
         inside = pattern.name.startswith(module + ".")
-        rank = (not inside) * 5 + (leaf not in _OUTPUT) * 4 + (position < last) * 1 + min(abs(position - last), 9) / 10
-        ranked += [(rank + axis_rank * 0.01, pattern, axis) for axis_rank, axis in enumerate((1, 0)) if pattern.axes[axis] == width]
+        rank = (
+            (not inside) * 5
+            + (leaf not in _OUTPUT) * 4
+            + (position < last) * 1
+            + min(abs(position - last), 9) / 10
+        )
+        ranked += [
+            (rank + axis_rank * 0.01, pattern, axis)
+            for axis_rank, axis in enumerate((1, 0))
+            if pattern.axes[axis] == width
+        ]
     ranked.sort(key=lambda item: item[0])
     return [(pattern, axis) for _, pattern, axis in ranked[:6]]
 
@@ -184,10 +195,14 @@ def _separate(module, roles, stock, sizes, heads, view, spare):  # type: ignore[
         e = _each(v.axes[0], few)
         if d is None or e is None or _each(k.axes[0], few) != d:
             continue
-        names = _sizes(sizes, module, {"g": (groups, few), "r": (repeat, each), "d": (None, d), "v": (None, e)})
+        names = _sizes(
+            sizes, module, {"g": (groups, few), "r": (repeat, each), "d": (None, d), "v": (None, e)}
+        )
         if names is None:
             continue
-        for rows in (("g r",) if repeat else ("g",)) + (("r g",) if repeat and any(n > 1 for n in few) else ()):
+        for rows in (("g r",) if repeat else ("g",)) + (
+            ("r g",) if repeat and any(n > 1 for n in few) else ()
+        ):
             width = tuple(a * b * c for a, b, c in zip(few, each, e, strict=True))
             for output, axis in _outputs(module, stock, width, taken):
                 yield Attention(
@@ -211,7 +226,9 @@ def _fused(module, pattern, stock, sizes, heads, view, spare):  # type: ignore[n
             d = _each(pattern.axes[axis], both)
             if d is None:
                 continue
-            names = _sizes(sizes, module, {"g": (groups, few), "r": (repeat, each), "d": (None, d), "v": (None, d)})
+            names = _sizes(
+                sizes, module, {"g": (groups, few), "r": (repeat, each), "d": (None, d), "v": (None, d)}
+            )
             if names is None:
                 continue
             # one letter for all parts: a fused tensor's values are as wide as its keys
@@ -242,7 +259,10 @@ def _fused(module, pattern, stock, sizes, heads, view, spare):  # type: ignore[n
 def _latent(module, roles, stock, sizes, heads, view, spare):  # type: ignore[no-untyped-def]
     """Latent attention: per head [nope | rope] queries and [nope | value] keys; one rotary key for all heads."""
     q, kv = roles["q"], roles["kv"]
-    dims = {leaf: [p for p in sizes.fields if p.endswith(leaf)] for leaf in ("nope_head_dim", "rope_head_dim", "v_head_dim")}
+    dims = {
+        leaf: [p for p in sizes.fields if p.endswith(leaf)]
+        for leaf in ("nope_head_dim", "rope_head_dim", "v_head_dim")
+    }
     if not all(dims.values()):
         return
     nope, rope, value = (found[0] for found in dims.values())
@@ -256,7 +276,15 @@ def _latent(module, roles, stock, sizes, heads, view, spare):  # type: ignore[no
             continue
         if kv.axes[0] != tuple(a * (b + c) for a, b, c in zip(h, n, v, strict=True)):
             continue
-        names = {"g": count, "n": nope, "p": rope, "v": value, "c": "2", "a": f"{rope} // 2", "d": f"{nope} + {rope}"}
+        names = {
+            "g": count,
+            "n": nope,
+            "p": rope,
+            "v": value,
+            "c": "2",
+            "a": f"{rope} // 2",
+            "d": f"{nope} + {rope}",
+        }
         shared = [
             (w, rank)
             for w in spare
@@ -291,9 +319,7 @@ def _latent(module, roles, stock, sizes, heads, view, spare):  # type: ignore[no
             yield base
 
 
-def _sizes(
-    sizes: Sizes, scope: str, wanted: dict[str, tuple[str | None, Values]]
-) -> dict[str, str] | None:
+def _sizes(sizes: Sizes, scope: str, wanted: dict[str, tuple[str | None, Values]]) -> dict[str, str] | None:
     out: dict[str, str] = {}
     for dim, (text, values) in wanted.items():
         if text is None and dim == "r":

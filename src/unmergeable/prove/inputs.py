@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unmergeable.prove.config import lookup
+from unmergeable.config import lookup
 from unmergeable.prove.shrink import FIRST_FREE_TOKEN, SPECIAL_TOKENS
 
 TEXT_LENGTH = 27
@@ -113,15 +113,18 @@ def _tokens(config: Mapping[str, Any], length: int, seed: int) -> torch.Tensor:
     vocabulary = int(lookup(config, "vocab_size") or FIRST_FREE_TOKEN + SPECIAL_TOKENS + 64)
     high = max(FIRST_FREE_TOKEN + 1, vocabulary - SPECIAL_TOKENS)
     ids = torch.randint(FIRST_FREE_TOKEN, high, (2, length), generator=_generator(seed))
-    ids[:, -1] = _end_token(config)
+    ids[:, -1] = _special(config, "eos_token_id", FIRST_FREE_TOKEN)
     return ids
 
 
-def _end_token(config: Mapping[str, Any]) -> int:
-    end = lookup(config, "eos_token_id")
-    if isinstance(end, list):
-        end = end[0] if end else None
-    return FIRST_FREE_TOKEN if end is None else int(end)
+def _special(config: Mapping[str, Any], name: str, default: int) -> int:
+    """A special token, or the default where the class brings one that the vocabulary does not have."""
+    token = lookup(config, name)
+    if isinstance(token, list):
+        token = token[0] if token else None
+    if token is None or not 0 <= int(token) < int(lookup(config, "vocab_size") or 0):
+        return default
+    return int(token)
 
 
 def _with_text(
@@ -133,13 +136,13 @@ def _with_text(
     masks: dict[int, torch.Tensor] = {}
     if side is not None:
         mask = torch.ones_like(ids)
-        pad = int(lookup(config, "pad_token_id") or 0)
+        pad = _special(config, "pad_token_id", 0)
         kept = length - PADDING
         if side == "left":
             mask[0, :PADDING] = 0
         else:
             mask[0, kept:] = 0
-            ids[0, kept - 1] = _end_token(config)
+            ids[0, kept - 1] = _special(config, "eos_token_id", FIRST_FREE_TOKEN)
         ids[mask == 0] = pad
         arguments["attention_mask"] = mask
         masks[length] = mask.bool()

@@ -43,9 +43,7 @@ def fold(names: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, list[st
         numbers = [_numbers(name) for name in members]
         depth = len(numbers[0])
         repeats = [
-            k > 0
-            and len({n[k] for n in numbers}) > 1
-            and len({shapes[name] for name in members}) == 1
+            k > 0 and len({n[k] for n in numbers}) > 1 and len({shapes[name] for name in members}) == 1
             for k in range(depth)
         ]
         if depth:

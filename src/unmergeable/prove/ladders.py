@@ -45,8 +45,11 @@ def query_key(block: Attention, sizes: Sizes) -> Iterator[tuple[Site, ...]]:
         yield from _latent(block)
         return
 
-    def site(acts: str, per: tuple[str, ...], name: str, inner: str = "d", path: str = "", **more: str) -> Site:
-        assert block.q is not None and block.k is not None
+    def site(
+        acts: str, per: tuple[str, ...], name: str, inner: str = "d", path: str = "", **more: str
+    ) -> Site:
+        assert block.q is not None
+        assert block.k is not None
         slots = (
             *block.q.slots(-1, expand(block.q.index, "d", inner, path)),
             *block.k.slots(+1, expand(block.k.index, "d", inner, path)),
@@ -82,7 +85,8 @@ def query_key(block: Attention, sizes: Sizes) -> Iterator[tuple[Site, ...]]:
 
 def with_companions(block: Attention, rung: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
     """The same rung with further projections of the block's width moving along (relative positions)."""
-    assert block.q is not None and block.k is not None
+    assert block.q is not None
+    assert block.k is not None
     width = block.k.weight.axes[block.k.axis]
     spare = [
         pattern
@@ -121,7 +125,9 @@ def heads(block: Attention, stock: Sequence[Pattern]) -> Iterator[list[Site]]:
         wide = tuple(_head_companions(block, stock, rows=True))
         options = [plain]
         options += [(*plain, *more) for more in (counted, wide, (*counted, *wide)) if more]
-        sites = [_site(block, "heads", dim, per, "permutation", slots, suffix=f"heads.{dim}") for slots in options]
+        sites = [
+            _site(block, "heads", dim, per, "permutation", slots, suffix=f"heads.{dim}") for slots in options
+        ]
         yield sites + [replace(site, per=per) for site in sites[1:]]
 
 
@@ -150,7 +156,9 @@ def _selected(index: str) -> str:
 
 def _head_companions(block: Attention, stock: Sequence[Pattern], *, rows: bool) -> Iterator[Slot]:
     """Further tensors of the block with one entry a head, or with `rows` one block of entries a head."""
-    assert block.o is not None and block.q is not None and block.k is not None
+    assert block.o is not None
+    assert block.q is not None
+    assert block.k is not None
     order = re.sub(r"\s*\b[dv]\b$", "", block.o.index)
     count = _head_count(block, block.o.weight.axes[block.o.axis])
     wide = {}
@@ -176,7 +184,10 @@ def _head_count(block: Attention, width: tuple[int, ...]) -> tuple[int, ...] | N
 
 
 def _latent(block: Attention) -> Iterator[tuple[Site, ...]]:
-    assert block.q and block.k and block.rotary_q and block.rotary_k
+    assert block.q is not None
+    assert block.k is not None
+    assert block.rotary_q is not None
+    assert block.rotary_k is not None
     nope = (*block.q.slots(-1), *block.k.slots(+1))
     for name in ("general_linear", "orthogonal", "sign"):
         for inner in _PAIRS.values():
@@ -198,13 +209,16 @@ def _partial(block: Attention, sizes: Sizes) -> Iterator[tuple[str, str]]:
     if total is None:
         return
     for path, values in sizes.fractions.items():
-        if all(int(t * v) >= 4 and int(t * v) < t and int(t * v) % 2 == 0 for t, v in zip(total, values, strict=True)):
+        if all(
+            int(t * v) >= 4 and int(t * v) < t and int(t * v) % 2 == 0
+            for t, v in zip(total, values, strict=True)
+        ):
             rotated = f"int(({d}) * {path})"
             yield f"{rotated} // 2", f"({d}) - {rotated}"
-    for path, values in sizes.fields.items():
-        if re.search(r"rotary_dim|rope_dim", path) and None not in values:
-            if all(v < t and v % 2 == 0 for t, v in zip(total, values, strict=True) if v):  # type: ignore[operator]
-                yield f"{path} // 2", f"({d}) - {path}"
+    for path, counts in sizes.fields.items():
+        pairs = list(zip(total, counts, strict=True))
+        if re.search(r"rotary_dim|rope_dim", path) and all(v and v < t and v % 2 == 0 for t, v in pairs):
+            yield f"{path} // 2", f"({d}) - {path}"
 
 
 def sizes_half(expression: str) -> str:
@@ -213,8 +227,15 @@ def sizes_half(expression: str) -> str:
 
 
 def _site(
-    block: Attention, kind: str, acts: str, per: tuple[str, ...], name: str, slots: Sequence[Slot], *,
-    suffix: str = "", **more: str,
+    block: Attention,
+    kind: str,
+    acts: str,
+    per: tuple[str, ...],
+    name: str,
+    slots: Sequence[Slot],
+    *,
+    suffix: str = "",
+    **more: str,
 ) -> Site:
     used = {dim for slot in slots for index in slot.axes.values() for dim in index.all_dims}
     sizes = {dim: text for dim, text in {**block.sizes, **more}.items() if dim in used or dim == acts}

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from unmergeable.config import canonical_config, class_defaults
 from unmergeable.errors import InputError, RunError
+from unmergeable.fields import DERIVED, PER_LAYER
 from unmergeable.prove.child import is_fp64
-from unmergeable.prove.config import canonical_config, class_defaults
-from unmergeable.prove.fields import DERIVED, PER_LAYER
 from unmergeable.prove.inputs import InputSet, flatten_outputs, make_inputs
 from unmergeable.prove.random_weights import randomize
 from unmergeable.prove.shrink import STYLES, shrink

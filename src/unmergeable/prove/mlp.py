@@ -56,7 +56,7 @@ def _group(scope: str, inner: Values, inside: Sequence[Pattern]) -> Group | None
         elif axes:
             return None
     weights = [member for member in members if len(member[0].axes) >= 2]
-    if not 2 <= len(weights) or len(members) > _MOST_TENSORS or all(fused for _, _, fused in weights):
+    if not len(weights) >= 2 or len(members) > _MOST_TENSORS or all(fused for _, _, fused in weights):
         return None
     stacked = {pattern.axes[0] for pattern, axis, _ in weights if len(pattern.axes) == 3 and axis > 0}
     if len(stacked) > 1:
@@ -93,7 +93,10 @@ def permutations(group: Group, sizes: Sizes) -> Iterator[Site]:
 def _common(group: Group) -> str:
     """The deepest module that holds all members."""
     paths = [pattern.module.split(".") for pattern, _, _ in group.members]
-    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    shared = [
+        parts[0]
+        for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    ]
     return ".".join(shared)
 
 

@@ -8,7 +8,9 @@ the code; code that comes with a checkpoint is never run.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +37,10 @@ def prove_specs(
     """
     from .child import in_child
 
-    return [Spec.from_dict(data, "the prover's result") for data in in_child(_prove, dict(config), architecture, timeout=timeout)]
+    return [
+        Spec.from_dict(data, "the prover's result")
+        for data in in_child(_prove, dict(config), architecture, timeout=timeout)
+    ]
 
 
 def _prove(config: dict[str, Any], architecture: str | None) -> list[dict[str, Any]]:
@@ -55,7 +60,6 @@ def _prove(config: dict[str, Any], architecture: str | None) -> list[dict[str, A
 
 
 def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str) -> Spec:
-    from .config import canonical_config, structure
     from .inventory import take_stock
     from .oracle import Oracle
     from .search import search
@@ -80,14 +84,12 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
     folded = _patterns(family[0], oracles[0])
     in_sites = {slot.tensor for site in found.sites for slot in site.slots}
     prefix = _bare_prefix(family, oracles, layout)
-    real = canonical_config(config, family[0].defaults)
     return Spec(
         architecture=type(model).__name__,
         model_type=str(type(model).config_class.model_type),
         layout=layout,
-        config=structure(real),
+        configs=_spellings(model, config, family[0].defaults),
         defaults=family[0].defaults,
-        aliases={},
         sites=found.sites,
         refused=tuple(_unique(found.refused)),
         untouched=tuple(name for name in folded if name not in in_sites),
@@ -95,6 +97,34 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
         prefix=prefix,
         evidence=_evidence(model, family, oracles, worst),
     )
+
+
+def _spellings(
+    model: Any, config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], ...]:
+    """The structure of the config as it is given, and in other spellings that the class reads as the same.
+
+    These are: as the class itself would write it, and that without the lists of layer kinds, which older files
+    lack. The class is asked whether it reads them alike.
+    """
+    from ..config import canonical_config, structure
+    from ..fields import PER_LAYER
+
+    config_class = type(model).config_class
+
+    def read(fields: Mapping[str, Any]) -> dict[str, Any]:
+        plain = config_class.from_dict(copy.deepcopy(dict(fields))).to_dict()
+        return dict(json.loads(json.dumps(plain, default=str)))
+
+    written = read(config)
+    candidates = [dict(config), {**config, **written}, written]
+    candidates += [{k: v for k, v in each.items() if k not in PER_LAYER} for each in candidates[1:]]
+    found: list[dict[str, Any]] = []
+    for each in candidates:
+        fields = structure(canonical_config(each, defaults))
+        if fields not in found and read(each) == written:
+            found.append(fields)
+    return tuple(found)
 
 
 def _joint(judge: Any, sites: tuple[Site, ...]) -> float:

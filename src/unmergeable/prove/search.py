@@ -70,7 +70,9 @@ def _attention(
         found.used |= {pattern.name for pattern in roles.values()}
         return
     _, block, values, keys = best
-    found.used |= block.weights | {slot.tensor for rung in (values, keys) for s in rung or () for slot in s.slots}
+    found.used |= block.weights | {
+        slot.tensor for rung in (values, keys) for s in rung or () for slot in s.slots
+    }
     for kind, rung in (("qk", keys), ("vo", values)):
         if rung is None:
             found.refused.append(Refusal(f"{module}.{kind}", "no group of the ladder keeps the function"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unmergeable.prove.fields import LAYER_INDICES, PER_LAYER, PERIODS, SIZES
+from unmergeable.fields import LAYER_INDICES, PER_LAYER, PERIODS, SIZES
 
 Config = dict[str, Any]
 
@@ -20,7 +20,7 @@ Config = dict[str, Any]
 FIRST_FREE_TOKEN = 16
 #: The highest ids of the vocabulary are kept for special tokens.
 SPECIAL_TOKENS = 12
-LABELS = 5
+LABELS = 2
 
 _MAX_LAYERS = 16
 _HEAD_DIMS = ((8, 16), (12, 10), (10, 14), (14, 12), (16, 8))

@@ -18,7 +18,7 @@ Values = tuple[int, ...]
 _HEADS = re.compile(r"(heads?|n_head|num_heads|query_groups|n_head_kv)$")
 _KV = re.compile(r"key_value|kv|group")
 _WIDTH = re.compile(r"(hidden_size|d_model|n_embd|n_embed|embed_dim|hidden_dim|dim|width)$")
-_TOWERS = frozenset("encoder decoder text vision audio image speech cross".split())
+_TOWERS = frozenset(["encoder", "decoder", "text", "vision", "audio", "image", "speech", "cross"])
 
 
 class Sizes:
@@ -31,7 +31,9 @@ class Sizes:
         for path, values in _every(self.configs):
             if all(isinstance(v, float) and 0 < v < 1 for v in values) and re.search("rotary|rope", path):
                 self.fractions[path] = values
-            whole = all(v is None or (isinstance(v, int) and not isinstance(v, bool) and v > 0) for v in values)
+            whole = all(
+                v is None or (isinstance(v, int) and not isinstance(v, bool) and v > 0) for v in values
+            )
             if whole and any(v is not None for v in values) and not path.rpartition(".")[2].startswith("_"):
                 self.fields[path] = values
 

@@ -40,6 +40,9 @@ class RandomStream:
         np.put_along_axis(out, order, np.roll(order, 1, axis=1), axis=1)
         return out if batch is not None else out[0]
 
+    def words(self, n: int) -> NDArray[np.uint64]:
+        return self._rng.integers(0, 2**64, n, dtype=np.uint64)
+
     def signs(self, shape: tuple[int, ...]) -> NDArray[np.int8]:
         signs = np.where(self._rng.random(shape) < 0.5, -1, 1).astype(np.int8)
         if signs.size:
@@ -89,11 +92,13 @@ class Judge:
         """Whether one side of the site alone moves the output of some miniature that has something to move."""
         for on in range(len(self.oracles)):
             match = self.match([site], on)
-            if match.sites[0].acted > 1 or site.group != "permutation":
+            if not match.sites[0].trivial:
                 return self._guard(match, self.draw(match), on) >= GUARD
         return True
 
-    def error(self, sites: Sequence[Site], on: int, *, exact: bool = False, limit: float = float("inf")) -> float:
+    def error(
+        self, sites: Sequence[Site], on: int, *, exact: bool = False, limit: float = float("inf")
+    ) -> float:
         """The output's relative change under one draw for all instances of all sites; inf where it fits not."""
         try:
             match = self.match(sites, on)
@@ -111,13 +116,15 @@ class Judge:
         for on in range(len(self.oracles)):
             match = self.match([site], on)
             for exact in (False, True):
-                worst = max(worst, self.oracles[on].error(self.edit(match, self.draw(match, exact=exact), on)))
+                worst = max(
+                    worst, self.oracles[on].error(self.edit(match, self.draw(match, exact=exact), on))
+                )
             if not worst <= TOLERANCE:
                 return Verdict(worst, 0.0, 0, f"the output moves by {worst:.1e}")
             elements = self.draw(match)
             for matched in match.sites:
-                if matched.acted == 1 and matched.site.group == "permutation":
-                    continue  # one head to a group: nothing to permute in this shape
+                if matched.trivial:
+                    continue
                 for instance in matched.instances:
                     whole = elements[0, instance]
                     for position in range(prod(matched.batch)):
@@ -138,16 +145,21 @@ class Judge:
         main = [slot for slot in site.slots if slot.tensor.endswith("weight")] or list(site.slots)
         last = max(main, key=lambda slot: site.slots.index(slot))
         one_sided = replace(site, slots=(last,))
-        alone = replace(match, spec=replace(match.spec, sites=(one_sided,)), parts={
-            name: tuple(part for part in parts if part.slot is last) for name, parts in match.parts.items()
-        })
+        alone = replace(
+            match,
+            spec=replace(match.spec, sites=(one_sided,)),
+            parts={
+                name: tuple(part for part in parts if part.slot is last)
+                for name, parts in match.parts.items()
+            },
+        )
         changes = self.edit(alone, elements, on)
         return self.oracles[on].error(changes) if changes else 0.0
 
     def match(self, sites: Sequence[Site], on: int) -> Match:
         """Lay sites over one miniature's stored tensors."""
         shapes = {name: tensor.shape for name, tensor in self.oracles[on].tensors.items()}
-        spec = Spec("", "", "", {}, {}, {}, tuple(sites))
+        spec = Spec("", "", "", (), {}, tuple(sites))
         for site in sites:
             site.check()
         return match_spec(spec, shapes, self.configs[on], whole=False)
@@ -185,7 +197,10 @@ def only(element: Element, position: int) -> Element:
     if isinstance(element, Dense):
         eye = np.broadcast_to(np.eye(element.n), element.forward.shape).copy()
         forward, contragredient = eye.copy(), eye
-        forward[position], contragredient[position] = element.forward[position], element.contragredient[position]
+        forward[position], contragredient[position] = (
+            element.forward[position],
+            element.contragredient[position],
+        )
         return Dense(forward, contragredient)
     perm = np.broadcast_to(np.arange(element.n), element.perm.shape).copy()
     scale = np.ones_like(element.scale)

@@ -16,9 +16,9 @@ from importlib import metadata, resources, util
 from pathlib import Path
 from typing import Any
 
+from ..config import canonical_config, structure
 from ..errors import InputError
 from ..match import Shapes, match_spec
-from ..prove.config import canonical_config, structure
 from ..spec import Spec
 
 Found = tuple[Spec, dict[str, Any]]
@@ -76,7 +76,9 @@ def shipped(name: str) -> Iterator[Spec]:
     for file in files:
         family = json.loads(resources.files(__package__).joinpath(file).read_text(encoding="utf-8"))
         for entry in family["specs"]:
-            for each in entry["architectures"] if not name else [name] if name in entry["architectures"] else []:
+            for each in (
+                entry["architectures"] if not name else [name] if name in entry["architectures"] else []
+            ):
                 yield unpack(family, entry, each)
 
 
@@ -85,6 +87,8 @@ def unpack(family: Mapping[str, Any], entry: Mapping[str, Any], name: str) -> Sp
     data = dict(entry)
     own = data.pop("architectures")[name]
     data |= {"architecture": name, "defaults": family["defaults"][data["defaults"]], **own}
+    # one figure for all sites of a class: the worst error, the weakest guard
+    data["sites"] = [{**site, "evidence": own["evidence"]["sites"]} for site in data["sites"]]
     return Spec.from_dict(data, f"shipped spec of {name}")
 
 
@@ -165,7 +169,7 @@ def _fitting(
 ) -> Found | None:
     for spec in specs:
         canonical = canonical_config(config, spec.defaults)
-        if structure(canonical) != dict(spec.config):
+        if structure(canonical) not in spec.configs:
             continue
         try:
             match_spec(spec, shapes, canonical, where)
@@ -185,8 +189,8 @@ def _from_file(path: Path, config: Mapping[str, Any], shapes: Shapes, where: str
         raise InputError("the spec is not JSON", where=path, got=str(error)) from None
     spec = Spec.from_dict(data, str(path))
     canonical = canonical_config(config, spec.defaults)
-    mine, proven = structure(canonical), dict(spec.config)
-    if mine != proven:
+    mine, proven = structure(canonical), dict(spec.configs[0])
+    if mine not in spec.configs:
         names = sorted(key for key in {*mine, *proven} if mine.get(key) != proven.get(key))
         raise InputError(
             "the spec was proven for another configuration",
@@ -210,7 +214,7 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
         raise InputError(
             "config.json does not say which class the weights are of",
             where=where,
-            expected="architectures, such as [\"BertModel\"], and model_type",
+            expected='architectures, such as ["BertModel"], and model_type',
             got=f"architectures {names!r}, model_type {config.get('model_type')!r}",
             hint="give a full configuration with --config",
         )

@@ -1,0 +1,255 @@
+"""What the command line accepts. Imports nothing heavy: `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from . import __version__
+from ._completion import SHELLS
+from .errors import UsageError
+
+# Spelled out here for methods/ and merging/ import numpy and torch; a test compares.
+LOCK_METHODS = ("exact", "gauge", "mergelock", "params")
+MERGE_METHODS = ("linear", "task_arithmetic", "ties")
+DEFAULT_KEY_FILE = "unmergeable.key"
+
+_EPILOG = """\
+exit codes: 0 done and the claim holds, 1 a claim failed, 2 usage, 3 bad input, 4 failed while running,
+130 interrupted. Results go to stdout, messages to stderr.
+
+UNMERGEABLE_PASSPHRASE holds the key's passphrase where nobody can be asked."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises instead of exiting: one place decides what an error looks like."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `unmergeable`; the chosen verb is `args.verb`."""
+    parser = Parser(
+        prog="unmergeable",
+        description="Lock a fine-tuned model so that merges of it fail, without changing what it computes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"unmergeable {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    for add in (_keygen, _inspect, _lock, _verify, _unlock, _merge, _card, _demo, _completion):
+        add(verbs)
+    return parser
+
+
+def _verb(verbs: argparse._SubParsersAction[Parser], name: str, text: str, more: str = "") -> Parser:
+    return verbs.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.\n\n{more}".rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one versioned JSON document")
+
+
+def _key(parser: Parser, *, required: bool, text: str) -> None:
+    parser.add_argument("-k", "--key", metavar="KEY", required=required, help=text)
+    _passphrase(parser)
+
+
+def _passphrase(parser: Parser) -> None:
+    parser.add_argument(
+        "--passphrase-file", metavar="FILE", help="read the key's passphrase from the first line of a file"
+    )
+
+
+def _quiet(parser: Parser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+
+def _architecture(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="config.json to use in place of the model's own")
+    parser.add_argument("--spec", metavar="FILE", help="spec to use in place of a shipped or proven one")
+
+
+def _jobs(parser: Parser) -> None:
+    parser.add_argument("-j", "--jobs", metavar="N", type=_positive, default=2, help="threads (%(default)s)")
+
+
+def _keygen(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(verbs, "keygen", "make a key and print its public id")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", default=DEFAULT_KEY_FILE, help="key file to make (%(default)s)"
+    )
+    parser.add_argument("--passphrase", action="store_true", help="ask for a passphrase to protect the file")
+    _passphrase(parser)
+    _json(parser)
+
+
+def _inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(
+        verbs,
+        "inspect",
+        "list the places where a lock can act on a model, and why",
+        "MODEL may be locked or not.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, .safetensors file or pipeline folder")
+    _architecture(parser)
+    _json(parser)
+
+
+def _lock(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(
+        verbs,
+        "lock",
+        "rewrite a model so that it computes the same and cannot be merged off the shelf",
+        "DST appears whole or not at all, with the same files as SRC and unmergeable.json beside them.",
+    )
+    parser.add_argument("src", metavar="SRC", help="folder, .safetensors file or pipeline folder")
+    parser.add_argument("dst", metavar="DST", help="where to write it; must not exist")
+    _key(parser, required=True, text="the owner's key file, as keygen makes it")
+    parser.add_argument(
+        "-m", "--method", choices=LOCK_METHODS, default="exact", help="how to lock (%(default)s)"
+    )
+    parser.add_argument(
+        "--scales", action="store_true", help="exact: power-of-two scales where they are lossless"
+    )
+    parser.add_argument(
+        "--domain", metavar="NAME", help="models of one domain stay mergeable with each other"
+    )
+    parser.add_argument("--base", metavar="BASE", help="params: move away from this model")
+    parser.add_argument("--dtype", choices=("float32",), help="store locked weights in this dtype")
+    parser.add_argument(
+        "--prune-rate", metavar="P", type=_rate, help="params: part of the MLP weights to drop"
+    )
+    _architecture(parser)
+    _jobs(parser)
+    parser.add_argument("--verify", action="store_true", help="verify the result at the end")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and write nothing")
+    _quiet(parser)
+    _json(parser)
+
+
+def _verify(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(
+        verbs, "verify", "check that DST computes what SRC computes", "Exit code 1 if it does not."
+    )
+    parser.add_argument("src", metavar="SRC", help="the model before the lock")
+    parser.add_argument("dst", metavar="DST", help="the locked model")
+    _key(parser, required=False, text="also check the manifest's MAC, and unlock and compare every byte")
+    parser.add_argument(
+        "--run",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="also load both with their stock class and compare outputs (%(default)s: if both fit in memory)",
+    )
+    _architecture(parser)
+    _jobs(parser)
+    _quiet(parser)
+    _json(parser)
+
+
+def _unlock(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(verbs, "unlock", "undo a lock with its key")
+    parser.add_argument("src", metavar="SRC", help="the locked model")
+    parser.add_argument("dst", metavar="DST", help="where to write it; must not exist")
+    _key(parser, required=True, text="the key that it was locked with")
+    parser.add_argument("--manifest", metavar="FILE", help="the manifest, where it is not beside the weights")
+    parser.add_argument(
+        "--accept-changed",
+        action="store_true",
+        help="unlock weights that were trained or merged after the lock",
+    )
+    _jobs(parser)
+    _quiet(parser)
+    _json(parser)
+
+
+def _merge(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(
+        verbs,
+        "merge",
+        "merge models that were locked with one key, and lock the result",
+        "Nothing unlocked is written. Other files and dtypes are the first model's.",
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="+", help="locked models, two or more")
+    parser.add_argument(
+        "-o", "--output", metavar="DST", required=True, help="where to write it; must not exist"
+    )
+    _key(parser, required=True, text="the key that the models were locked with")
+    parser.add_argument(
+        "-m", "--method", choices=MERGE_METHODS, default="linear", help="how to merge (%(default)s)"
+    )
+    parser.add_argument(
+        "--base", metavar="BASE", help="the model that they were fine-tuned from, locked or not"
+    )
+    parser.add_argument(
+        "-w", "--weight", metavar="W", dest="weights", type=float, action="append",
+        help="of each model in turn; 1 if not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--density",
+        metavar="D",
+        type=float,
+        default=0.2,
+        help="ties: part of each difference to keep (%(default)s)",
+    )
+    parser.add_argument(
+        "--lock", choices=LOCK_METHODS[:3], default="exact", help="how to lock the result (%(default)s)"
+    )
+    parser.add_argument("--scales", action="store_true", help="as in lock")
+    parser.add_argument("--domain", metavar="NAME", help="as in lock")
+    _jobs(parser)
+    _quiet(parser)
+    _json(parser)
+
+
+def _card(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(verbs, "card", "write a section for the model card of a locked model, in Markdown")
+    parser.add_argument("model", metavar="DST", help="the locked model")
+    _json(parser)
+
+
+def _demo(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(
+        verbs, "demo", "lock, verify, merge and unlock an embedded model, in under a minute",
+        "Prints a table and writes demo.json and demo.png.",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", metavar="DIR", default="demo", help="folder to write (%(default)s)")
+    parser.add_argument(
+        "--full", action="store_true", help="the full-dose grid for every method, not exact alone"
+    )
+    _quiet(parser)
+    _json(parser)
+
+
+def _completion(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(
+        verbs,
+        "completion",
+        "print a script for tab completion",
+        "bash: source <(unmergeable completion bash)\n"
+        "zsh:  source <(unmergeable completion zsh)\n"
+        "fish: unmergeable completion fish | source",
+    )
+    parser.add_argument("shell", choices=SHELLS)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a rate from 0 up to 1")
+    return rate

@@ -1,0 +1,95 @@
+"""The command line: parse, run one verb, print. The only module that prints or decides an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ._parser import build_parser
+from .errors import RunError, UnmergeableError
+
+if TYPE_CHECKING:
+    from ._commands import Outcome
+
+INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds like an interrupt, so that nothing half written is left behind."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `unmergeable` with these arguments (default: the process's) and return its exit code.
+
+    0 done and the claim holds, 1 a claim failed, 2 usage, 3 bad input, 4 failed while running,
+    130 interrupted, 143 terminated.
+    """
+    args: argparse.Namespace | None = None
+    with suppress(ValueError):  # raised outside of the main thread: somebody else's signals
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        args = build_parser().parse_args(argv)
+        from ._commands import run
+
+        outcome = run(args)
+        _print(args, outcome)
+        return outcome.code
+    except UnmergeableError as error:
+        return _report(args, error)
+    except BrokenPipeError:
+        # The reader has gone, as in `unmergeable inspect MODEL | head`; nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("unmergeable: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except _Terminated:
+        print("unmergeable: terminated", file=sys.stderr)
+        return TERMINATED
+    except MemoryError:
+        return _report(args, RunError("out of memory", hint="give it more memory, or fewer --jobs"))
+    except OSError as error:
+        return _report(args, RunError(error.strerror or str(error), where=error.filename))
+    except Exception as error:  # a bug: say so with all that helps to find it, and not by exit code 1
+        traceback.print_exc()
+        return _report(args, RunError(f"unexpected {type(error).__name__}: {error}"))
+
+
+def _print(args: argparse.Namespace, outcome: Outcome) -> None:
+    if getattr(args, "json", False):
+        _print_json(outcome.document)
+    elif outcome.text:
+        print(outcome.text.rstrip("\n"))
+    sys.stdout.flush()
+    for note in outcome.notes:
+        print(f"unmergeable: {note}", file=sys.stderr)
+
+
+def _report(args: argparse.Namespace | None, error: UnmergeableError) -> int:
+    if args is not None and getattr(args, "json", False):
+        _print_json({"document": "unmergeable.error", "version": 1, "command": args.verb, **error.as_dict()})
+    message, _, hint = str(error).partition("\nhint: ") if error.hint else (str(error), "", "")
+    print(f"unmergeable: error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""Per-site identities: whether two checkpoints are the same function, from sketches of their tensors alone.
+
+Tensors and sites hang together in components (the attention of a layer, a mixture of experts). Of each, the
+invariants of every site are computed for both checkpoints. What is left is the order of MLP rows, heads,
+groups and experts: it is found once for all tables that share it, outermost first, by signatures that no
+inner order changes. Then the tables must agree cell by cell.
+
+No key is needed, and no architecture is known here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .groups import Floats
+from .invariants import PERMUTING, Cells, invariants
+from .match import Instance, Match, MatchedSite
+from .matching import match_rows
+from .ordering import reorder, signature, typical
+from .sketch import Noise, Sketch, shake
+from .spec import Slot
+
+EXACT_BOUND = 1e-10
+NOISE_FACTOR = 4.0
+DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Table:
+    """Invariants of one site, or rows that no site acts on (`strict`: nothing may change them)."""
+
+    site: int
+    cells: Cells
+    tensors: frozenset[str]
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How one site compares within one component; errors are relative to the size of what is compared."""
+
+    site: int
+    label: str  # of the first cell that differs, else of the worst
+    measured: float
+    bound: float
+
+    @property
+    def held(self) -> bool:
+        return self.measured <= self.bound
+
+
+def components(match: Match) -> list[Component]:
+    """The connected parts of a match, in reading order of their tensors."""
+    parent: dict[object, object] = {}
+
+    def root(node: object) -> object:
+        parent.setdefault(node, node)
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for name, parts in match.parts.items():
+        for part in parts:
+            dims = match.sites[part.site].site.name_dims
+            parent[root((part.site, tuple(part.dims[dim] for dim in dims)))] = root(name)
+    found: dict[object, list[str]] = {}
+    for name in sorted(match.parts, key=natural):
+        found.setdefault(root(name), []).append(name)
+    return [Component(match, tuple(names)) for names in found.values()]
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sorting key that reads numbers as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def kept_axes(match: Match, name: str) -> tuple[int, ...]:
+    """The axes of a tensor that some site gives dims to."""
+    return tuple(sorted({axis for part in match.parts[name] for axis in part.slot.axes}))
+
+
+@dataclass(frozen=True)
+class _View:
+    """One slot's tensors in a component: names by the values of the dims in the name, as a full grid."""
+
+    slot: Slot
+    dims: tuple[str, ...]
+    values: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]  # row-major over `values`
+
+
+@dataclass(frozen=True)
+class Component:
+    """Sites and tensors that hang together."""
+
+    match: Match
+    names: tuple[str, ...]
+
+    @cached_property
+    def sites(self) -> dict[int, list[Instance]]:
+        """Instances by number of the site, in the order of the spec."""
+        found: dict[int, set[Instance]] = {}
+        for name in self.names:
+            for part in self.match.parts[name]:
+                dims = self.match.sites[part.site].site.name_dims
+                found.setdefault(part.site, set()).add(tuple(part.dims[dim] for dim in dims))
+        return {number: sorted(found[number]) for number in sorted(found)}
+
+    @cached_property
+    def views(self) -> dict[int, list[_View]]:
+        """The slots of every site, each with its tensors."""
+        return {
+            number: [self._view(number, slot) for slot in self.match.sites[number].site.slots]
+            for number in self.sites
+        }
+
+    def _view(self, number: int, slot: Slot) -> _View:
+        dims = tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", slot.tensor)))
+        found = {
+            tuple(part.dims[dim] for dim in dims): name
+            for name in self.names
+            for part in self.match.parts[name]
+            if part.site == number and part.slot is slot
+        }
+        values = tuple(tuple(sorted({key[k] for key in found})) for k in range(len(dims)))
+        if not found or prod(len(value) for value in values) != len(found):
+            raise InputError(
+                "a slot whose tensors are not a full grid", where=slot.tensor, got=f"{len(found)} tensors"
+            )
+        return _View(slot, dims, values, tuple(found[key] for key in sorted(found)))
+
+    @cached_property
+    def permuters(self) -> list[int]:
+        """Sites that change the order of their acted dim, inner first."""
+        return [number for number in self.sites if self.match.sites[number].site.group in PERMUTING]
+
+    def tensors(self, number: int) -> frozenset[str]:
+        """All tensors of a site."""
+        return frozenset(name for view in self.views[number] for name in view.names)
+
+    # --- tables ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _fresh(self) -> tuple[dict[tuple[int, str, int], NDArray[np.bool_]], dict[str, NDArray[np.bool_]]]:
+        """Which cells of a tensor a slot is the first to act on, and which cells of it no slot acts on."""
+        covered: dict[str, NDArray[np.bool_]] = {}
+        fresh: dict[tuple[int, str, int], NDArray[np.bool_]] = {}
+        for number, views in self.views.items():
+            matched = self.match.sites[number]
+            added: list[tuple[str, NDArray[np.bool_]]] = []
+            for k, view in enumerate(views):
+                for name in view.names:
+                    mask = self._mask(matched, view.slot, name)
+                    before = covered.setdefault(name, np.zeros(mask.shape, dtype=bool))
+                    fresh[number, name, k] = mask & ~before
+                    if matched.site.group != "permutation" and bool((mask & before).any()):
+                        raise InputError(
+                            "two sites act on the same rows, which no identity here covers",
+                            where=f"{matched.site.name}: {name}",
+                        )
+                    added.append((name, mask))
+            for name, mask in added:
+                covered[name] = covered[name] | mask
+        return fresh, {name: ~mask for name, mask in covered.items()}
+
+    def _mask(self, matched: MatchedSite, slot: Slot, name: str) -> NDArray[np.bool_]:
+        axes = kept_axes(self.match, name)
+        totals = [self._total(name, axis) for axis in axes]
+        mask = np.zeros(totals, dtype=bool)
+        chosen = [
+            slot.axes[axis].view(matched.sizes).positions().reshape(-1)
+            if axis in slot.axes
+            else np.arange(total)
+            for axis, total in zip(axes, totals, strict=True)
+        ]
+        mask[np.ix_(*chosen)] = True
+        return mask
+
+    def _total(self, name: str, axis: int) -> int:
+        for part in self.match.parts[name]:
+            if axis in part.slot.axes:
+                return part.slot.axes[axis].view(self.match.sites[part.site].sizes).total
+        raise AssertionError(f"{name} has no site on axis {axis}")
+
+    def tables(self, sketches: Mapping[str, Sketch]) -> list[Table]:
+        """The invariants of all sites, from the sketches of this component's tensors.
+
+        Raises:
+            InputError: a spec whose sites no identity covers.
+        """
+        fresh, untouched = self._fresh
+        tables: list[Table] = []
+        for number, views in self.views.items():
+            matched = self.match.sites[number]
+            site = matched.site
+            slots: list[tuple[int, Cells, frozenset[str]]] = []
+            for k, view in enumerate(views):
+                masks = [fresh[number, name, k] for name in view.names]
+                if site.group == "permutation" and not any(mask.any() for mask in masks):
+                    continue
+                cells = self._cells(matched, view, sketches, masks)
+                slots.append((view.slot.power, cells, frozenset(view.names)))
+            if site.group == "permutation":
+                tables += [Table(number, cells, names) for _, cells, names in slots]
+                continue
+            every = frozenset().union(*(names for _, _, names in slots))
+            found = invariants(
+                site.group, site.acts, [(power, cells) for power, cells, _ in slots], site.name
+            )
+            tables += [Table(number, cells, every) for cells in found]
+        for name, mask in untouched.items():
+            if mask.any():
+                sketch = sketches[name]
+                dims = tuple(f"axis {axis}" for axis in sketch.axes)
+                cells = Cells(dims, sketch.values * mask[..., None], sketch.sizes * mask)
+                tables.append(Table(self.match.parts[name][0].site, cells, frozenset((name,)), strict=True))
+        return tables
+
+    def _cells(
+        self,
+        matched: MatchedSite,
+        view: _View,
+        sketches: Mapping[str, Sketch],
+        masks: Sequence[NDArray[np.bool_]],
+    ) -> Cells:
+        values, norms = [], []
+        dims: tuple[str, ...] = ()
+        for name, mask in zip(view.names, masks, strict=True):
+            sketch = sketches[name]
+            size, all_values = sketch.sizes, sketch.values
+            if not mask.all():
+                # rows of other slots fall away below, rows that an inner site accounts for become zero
+                size, all_values = size * mask, all_values * mask[..., None]
+            dims, picked = self._pick(matched, view.slot, name, sketch.axes, all_values)
+            values.append(picked)
+            norms.append(self._pick(matched, view.slot, name, sketch.axes, size)[1])
+        lead = tuple(len(value) for value in view.values)
+        stacked = np.stack(values).reshape(*lead, *values[0].shape)
+        return Cells((*view.dims, *dims), stacked, np.stack(norms).reshape(*lead, *norms[0].shape))
+
+    def _pick(
+        self, matched: MatchedSite, slot: Slot, name: str, axes: tuple[int, ...], array: Floats
+    ) -> tuple[tuple[str, ...], Floats]:
+        """The slot's part of a tensor's sketch, one array axis a dim."""
+        dims: tuple[str, ...] = ()
+        for at in reversed(range(len(axes))):
+            names, sizes, positions = self._axis(matched, slot, name, axes[at])
+            if positions is not None:
+                array = np.take(array, positions, axis=at)
+            array = array.reshape(*array.shape[:at], *sizes, *array.shape[at + 1 :])
+            dims = names + dims
+        return dims, array
+
+    def _axis(
+        self, matched: MatchedSite, slot: Slot, name: str, axis: int
+    ) -> tuple[tuple[str, ...], tuple[int, ...], NDArray[np.int64] | None]:
+        if axis in slot.axes:
+            view = slot.axes[axis].view(matched.sizes)
+            return view.names, tuple(size for _, size, _ in view.dims), view.positions().reshape(-1)
+        total = self._total(name, axis)
+        for part in self.match.parts[name]:  # another site's name for the whole of this axis
+            if axis in part.slot.axes:
+                view = part.slot.axes[axis].view(self.match.sites[part.site].sizes)
+                sizes = tuple(size for _, size, _ in view.dims)
+                if prod(sizes) == total and np.array_equal(view.positions().reshape(-1), np.arange(total)):
+                    return view.names, sizes, None
+        return (f"axis {axis}",), (total,), None
+
+    # --- comparison -----------------------------------------------------------------------------------------
+
+    def compare(
+        self,
+        before: Mapping[str, Sketch],
+        after: Mapping[str, Sketch],
+        noise: Mapping[str, Noise] | None = None,
+        seed: int = 0,
+    ) -> list[Finding]:
+        """Compare two checkpoints at every site of this component.
+
+        Args:
+            before, after: sketches of this component's tensors.
+            noise: the rounding of each tensor's dtype: errors may be four times what it does. None for exact
+                locks, whose errors are at most 1e-10.
+            seed: of the noise.
+
+        Returns: one finding a site, in the order of the spec.
+
+        Raises:
+            InputError: a spec whose sites no identity covers.
+        """
+        source = self.tables(before)
+        aligned = self._align(source, self.tables(after))
+        errors = [_errors(a.cells, b) for a, b in zip(source, aligned, strict=True)]
+        bounds = dict.fromkeys(self.sites, EXACT_BOUND)
+        if noise is not None:
+            random = np.random.default_rng(seed)
+            for _ in range(DRAWS):
+                shaken = {name: shake(before[name], noise[name], random) for name in self.names}
+                for a, b in zip(source, self.tables(shaken), strict=True):
+                    worst = float(_errors(a.cells, b.cells).max(initial=0.0))
+                    bounds[a.site] = max(bounds[a.site], NOISE_FACTOR * worst)
+        findings = {}
+        for number in self.sites:
+            own = [k for k, table in enumerate(source) if table.site == number]
+            # a site that only orders others' rows is judged by the tables that it orders
+            judged = own or [k for k, table in enumerate(source) if self._orders(number, table)]
+            found = [self._finding(number, source[k], errors[k], bounds) for k in judged]
+            failed = [finding for finding in found if not finding.held]
+            if failed:
+                findings[number] = failed[0]
+            elif found:
+                findings[number] = max(found, key=lambda finding: finding.measured / finding.bound)
+        return list(findings.values())
+
+    def _finding(self, number: int, table: Table, errors: Floats, bounds: Mapping[int, float]) -> Finding:
+        bound = EXACT_BOUND if table.strict else bounds[table.site]
+        flat = errors.reshape(-1)
+        if not len(flat):
+            return Finding(number, self._label(number, table, ()), 0.0, bound)
+        bad = np.flatnonzero(~(flat <= bound))
+        at = int(bad[0]) if len(bad) else int(flat.argmax())
+        worst = float(np.nanmax(flat, initial=0.0)) if not np.isinf(flat).any() else float("inf")
+        worst = max(worst, float("inf") if np.isnan(flat).any() else 0.0)
+        place = tuple(int(k) for k in np.unravel_index(at, errors.shape)) if errors.ndim else ()
+        return Finding(number, self._label(number, table, place), worst, bound)
+
+    def _label(self, number: int, table: Table, place: tuple[int, ...]) -> str:
+        """The instance's name and the further dims of a cell, in brackets."""
+        matched = self.match.sites[number]
+        if table.strict:
+            where = ", ".join(f"{dim} = {k}" for dim, k in zip(table.cells.dims, place, strict=False))
+            return f"{min(table.tensors, key=natural)} [{where}]"
+        numbers = dict(zip(table.cells.dims, place, strict=False))
+        for view in self.views[table.site]:
+            for dim, values in zip(view.dims, view.values, strict=True):
+                if dim in numbers:
+                    numbers[dim] = values[numbers[dim]] if numbers[dim] < len(values) else numbers[dim]
+        named = matched.site.name_dims
+        first = self.sites[number][0]
+        instance = tuple(numbers.get(dim, first[k]) for k, dim in enumerate(named))
+        shown = matched.label(instance)
+        rest = [f"{dim} = {k}" for dim, k in numbers.items() if f"{{{dim}}}" not in matched.site.name]
+        return f"{shown} [{', '.join(rest)}]" if rest else shown
+
+    def _orders(self, number: int, table: Table) -> bool:
+        site = self.match.sites[number].site
+        return (
+            site.group in PERMUTING
+            and not table.strict
+            and site.acts in table.cells.dims
+            and (table.site == number or bool(self.tensors(number) & table.tensors))
+        )
+
+    def _align(self, source: Sequence[Table], target: Sequence[Table]) -> list[Cells]:
+        """The target's tables with heads, experts and rows in the order of the source's."""
+        out = [table.cells for table in target]
+        for position in reversed(range(len(self.permuters))):
+            number = self.permuters[position]
+            site = self.match.sites[number].site
+            moved = [k for k, table in enumerate(source) if self._orders(number, table)]
+            for k in moved:
+                missing = set(site.per) - set(source[k].cells.dims)
+                if missing:
+                    raise InputError(
+                        f"the dims {', '.join(sorted(missing))} are not those of the sites inside it",
+                        where=site.name,
+                    )
+            if not moved:
+                continue
+            a, b = [], []
+            for k in moved:
+                inner = [
+                    self.match.sites[other].site.acts
+                    for other in self.permuters[:position]
+                    if self._orders(other, source[k])
+                ]
+                scale = typical(source[k].cells)
+                a.append(signature(source[k].cells, site.per, site.acts, inner, scale))
+                b.append(signature(out[k], site.per, site.acts, inner, scale))
+            before, after = np.concatenate(a, axis=-1), np.concatenate(b, axis=-1)
+            perm = np.stack([match_rows(x, y) for x, y in zip(before, after, strict=True)])
+            for k in moved:
+                out[k] = reorder(out[k], site.per, site.acts, perm)
+        return out
+
+
+def _errors(a: Cells, b: Cells) -> Floats:
+    """Largest difference of a cell's features, relative to the cell's size; one where only `b` has a size."""
+    gap = np.abs(a.values - b.values).max(axis=-1, initial=0.0)
+    size = np.where(a.norms > 0.0, a.norms, b.norms)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(
+            np.where(gap == 0.0, 0.0, np.where(size > 0.0, gap / np.where(size > 0, size, 1.0), np.inf))
+        )

@@ -1,0 +1,52 @@
+"""The tutorial as its readers do it: every command is typed in and compared, but for the numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from shell import COMMAND, steps, typed
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?")
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """Language and text of every fenced block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+
+
+def plain(text: str) -> list[str]:
+    """Lines without numbers, key ids, hashes, the width of columns, and which of them went to stderr."""
+    text = re.sub(r"\b[0-9a-f]{16}\b", "#", re.sub(r"^! ", "", text, flags=re.MULTILINE))
+    return [" ".join(NUMBER.sub("#", line).split()) for line in text.strip().splitlines() if line.strip()]
+
+
+def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{COMMAND.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path / ".cache"))
+    before = signal.getsignal(signal.SIGTERM)
+    count = 0
+    for language, text in blocks((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")):
+        if language == "python":
+            name = re.match(r"# (\w+\.py)\n", text)
+            assert name is not None
+            (tmp_path / name[1]).write_text(text)
+        for step in steps(text) if language == "console" else ():
+            assert plain(typed(step.command)) == plain(step.expected), step.command
+            count += 1
+    signal.signal(signal.SIGTERM, before)
+    assert count >= 15
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/tutorial.md", "docs/methods.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    document = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document):
+        if "://" not in target:
+            assert (ROOT / name).parent.joinpath(target).exists(), target
