@@ -138,7 +138,16 @@ FAMILIES: dict[str, tuple[str, str, str, tuple[Config, ...]]] = {
         "falcon",
         (
             {},  # 7b: one key-value head, parallel attention
-            {"new_decoder_architecture": True, "num_kv_heads": 8, "num_attention_heads": 64, "hidden_size": 4096},
+            *(
+                {
+                    "new_decoder_architecture": True,
+                    "num_kv_heads": 8,
+                    "num_attention_heads": 64,
+                    "hidden_size": 4096,
+                    **own,
+                }
+                for own in ({}, {"num_ln_in_parallel_attn": 2})
+            ),
             {"multi_query": False, "alibi": True, "bias": True, "parallel_attn": False},  # rw
         ),
     ),
@@ -149,8 +158,8 @@ FAMILIES: dict[str, tuple[str, str, str, tuple[Config, ...]]] = {
         (
             {},
             {"n_positions": 512},
-            {"feed_forward_proj": "gated-gelu"},
-            {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 8},
+            {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+            {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 8},
         ),
     ),
     "bert": ("Bert", f"{ENCODER} ForPreTraining", "bert", ({}, ABSOLUTE, {"hidden_act": "relu"})),

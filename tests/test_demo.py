@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_the_files_are_written(result: DemoResult, folder: Path) -> None:
 def test_the_text_names_every_merge(
     result: DemoResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("unmergeable.demo.demo", lambda *args, **keywords: result)
+    monkeypatch.setattr(sys.modules["unmergeable.demo"], "demo", lambda *args, **keywords: result)
     assert main(["demo", "-q"]) == 0
     text = capsys.readouterr().out
     for lock in result.locks:

@@ -21,6 +21,7 @@ DEBERTA = {
     "relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"],
     "norm_rel_ebd": "layer_norm", "position_buckets": 256, "type_vocab_size": 0,
 }  # fmt: skip
+DEEPSEEK = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "ep_size": 1}
 TIED = {"tie_word_embeddings": True}
 UNTIED = {"tie_word_embeddings": False}
 
@@ -72,8 +73,8 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("Dinov2Model", "dinov2", {}, "disk"),
     ("Dinov2ForImageClassification", "dinov2", {"use_swiglu_ffn": True}, "disk"),
     ("WhisperForConditionalGeneration", "whisper", {}, "disk"),
-    ("DeepseekV3ForCausalLM", "deepseek_v3", {"n_group": 1, "topk_group": 1}, "disk"),
-    ("DeepseekV3ForCausalLM", "deepseek_v3", {}, "disk"),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {**DEEPSEEK, "n_group": 1, "topk_group": 1, "q_lora_rank": None}, "disk"),
+    ("DeepseekV3ForCausalLM", "deepseek_v3", {**DEEPSEEK, "n_group": 8, "topk_group": 4}, "memory"),
     ("GptOssForCausalLM", "gpt_oss", {}, "disk"),
 ]
 FP64 = 1e-10

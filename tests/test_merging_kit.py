@@ -177,6 +177,15 @@ def test_tensors_of_every_shape(name: str) -> None:
         assert all(found.tensors[key].shape == tensor.shape for key, tensor in base.items())
 
 
+@pytest.mark.parametrize("name", ["ties", "dare_linear"])
+def test_portions_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, models = triple()
+    whole = merge(f"mergekit:{name}", base, models, seed=5, **options(name)).tensors
+    monkeypatch.setattr("unmergeable.merging.kit.PORTION", 4000)
+    parts = merge(f"mergekit:{name}", base, models, seed=5, **options(name)).tensors
+    assert all(torch.equal(whole[key], parts[key]) for key in base)
+
+
 def test_half_precision_is_merged_in_float32() -> None:
     base, models = triple(dtype=torch.bfloat16)
     merged = merge("linear", base, models, weight=0.5).tensors["embed.weight"]

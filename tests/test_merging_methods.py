@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from merging_models import triple
-from unmergeable.errors import UsageError
+from unmergeable.errors import RunError, UsageError
 from unmergeable.merging import merge
 from unmergeable.merging.blocks import layout
 from unmergeable.merging.grids import (
@@ -115,6 +115,17 @@ def test_a_grid_in_one_buffer_is_the_merges_one_by_one() -> None:
     assert torch.equal(base["embed.weight"], triple()[0]["embed.weight"])  # inputs are left alone
     with pytest.raises(UsageError, match="a coefficient of no model"):
         mixer.mix({"x": 1.0})
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, models = triple()
+    numbers = sum(tensor.numel() for tensor in base.values())
+    assert Mixer.estimate(base, models) == 4 * 4 * numbers
+    monkeypatch.setattr("unmergeable.merging.grids._free", lambda device: 1000)
+    with pytest.raises(
+        RunError, match=f"not enough memory to merge, expected {16 * numbers} bytes, got 1000"
+    ):
+        Mixer(base, models)
 
 
 def test_substitution_takes_blocks_whole() -> None:

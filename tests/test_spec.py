@@ -114,8 +114,8 @@ def test_sizes(expression: str, value: int) -> None:
 
 @pytest.mark.parametrize(
     "expression",
-    ["missing", "none", "name", "flag", "hidden // 7", "kv - kv", "heads +", "__import__('os')", "heads ** 2", "name * 2",
-     "heads // none", "[1]", "part", "heads // (kv - kv)"],
+    ["missing", "none", "name", "flag", "hidden // 7", "kv - kv", "heads +", "__import__('os')", "heads ** 2",
+     "name * 2", "heads // none", "[1]", "part", "heads // (kv - kv)"],
 )  # fmt: skip
 def test_what_gives_no_size_is_refused(expression: str) -> None:
     with pytest.raises(InputError):

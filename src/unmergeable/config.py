@@ -82,8 +82,11 @@ def canonical_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     if known.get("flat_rotary"):
         _canonical_rotary(given, known)
     result: Config = {}
-    for name, default in defaults.items():
-        if name == CLASS:
+    for declared, default in defaults.items():
+        if declared == CLASS:
+            continue
+        name = known.get("aliases", {}).get(declared, declared)  # a class may declare an alias of its own field
+        if name in result:
             continue
         if isinstance(default, Mapping) and CLASS in default:
             nested = given.pop(name, None)

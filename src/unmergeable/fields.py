@@ -124,6 +124,7 @@ INERT = _names(
     """
     id2label label2id num_labels problem_type summary_type summary_use_proj summary_activation
     summary_proj_to_labels summary_first_dropout tie_word_embeddings
+    out_features out_indices stage_names
     """,
     # dropouts, and what only training reads
     """

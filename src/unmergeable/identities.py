@@ -1,11 +1,8 @@
 """Per-site identities: whether two checkpoints are the same function, from sketches of their tensors alone.
 
-Tensors and sites hang together in components (the attention of a layer, a mixture of experts). Of each, the
-invariants of every site are computed for both checkpoints. What is left is the order of MLP rows, heads,
-groups and experts: it is found once for all tables that share it, outermost first, by signatures that no
-inner order changes. Then the tables must agree cell by cell.
-
-No key is needed, and no architecture is known here.
+Tensors and sites hang together in components. Of each, every site's invariants are computed for both checkpoints.
+What is left is the order of MLP rows, heads, groups and experts: found once for all tables that share it, outermost
+first, by signatures that no inner order changes; then the tables must agree cell by cell.
 """
 
 from __future__ import annotations

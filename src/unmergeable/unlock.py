@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -30,6 +31,8 @@ __all__ = ["UnlockReport", "prepare_unlock", "unlock"]
 
 DOCUMENT, DOCUMENT_VERSION = "unmergeable.unlock", 1
 _SHOWN = 20
+# A model card is written after the lock, and no loader reads it.
+_DOCUMENT = re.compile(r"(\.md|(^|/)(LICENSE|NOTICE|\.gitattributes)[^/]*)$")
 _CHUNK = 1 << 22
 
 
@@ -269,12 +272,13 @@ def _differing_layout(member: Member, part: Component, single_file: bool) -> lis
 
 
 def _differing_files(root: Path, part: Component, name: str) -> list[str]:
+    """Other files that are not what was locked; documents may change."""
     prefix = "" if name == "." else f"{name}/"
     there = walk(root).files
     return [
         f"{prefix}{file}"
         for file, digest in part.files.items()
-        if file not in there or hash_file(root / file) != digest
+        if not _DOCUMENT.search(file) and (file not in there or hash_file(root / file) != digest)
     ]
 
 

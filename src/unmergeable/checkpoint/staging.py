@@ -74,10 +74,13 @@ class Staging:
         return self
 
     def _try_claim(self, folder: Path) -> None:
+        self._folder = folder  # before it is made: an interrupt right behind mkdir leaves nothing either
         os.mkdir(folder, 0o700)
         lock = _take_lock(folder, wait=True)
-        if lock is not None:  # None: another run's sweep was quicker than our lock, and the folder is gone
-            self._folder, self._lock = folder, lock
+        if lock is None:  # another run's sweep was quicker than our lock, and the folder is gone
+            self._folder = None
+        else:
+            self._lock = lock
 
     def _create(self) -> None:
         os.mkdir(self.path)

@@ -1,0 +1,256 @@
+"""Merges as checkpoints: the layout, dtypes and other files of one model, with merged tensors in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoint import (
+    BITS,
+    MANIFEST,
+    Checkpoint,
+    ShardWriter,
+    StagedFile,
+    Staging,
+    TensorInfo,
+    check_destination,
+    copy_side_files,
+    open_checkpoint,
+)
+from ..checkpoint.problems import Problems
+from ..errors import InputError, UsageError
+from . import MergeResult, merge
+from .check import Facts
+from .kit import TABLE
+from .tensors import distance, load_state, rename_like
+from .vectors import is_adapter, load_model
+
+if TYPE_CHECKING:
+    from . import State
+
+_TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+# Further than this from its base is no fine-tune of it, or one that is locked.
+FAR = 0.7
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged and written; `as_dict` is the JSON document.
+
+    Attributes:
+        models, base, method, options, seed: how to do it again.
+        dst, template: what was written, and the model whose configuration and layout it has.
+        distances: of every model to the base, ‖model − base‖ / ‖base‖.
+        facts: whether it is a merge at all.
+        notes: what the user should know.
+    """
+
+    models: tuple[str, ...]
+    base: str | None
+    method: str
+    options: Mapping[str, Any]
+    seed: int
+    dst: str
+    template: str
+    distances: Mapping[str, float]
+    facts: Facts
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "document": "unmergeable.merge-plain",
+            "version": 1,
+            "models": list(self.models),
+            "base": self.base,
+            "method": self.method,
+            "options": dict(self.options),
+            "seed": self.seed,
+            "dst": self.dst,
+            "template": self.template,
+            "distances": dict(self.distances),
+            "facts": self.facts.as_dict(),
+            "notes": list(self.notes),
+        }
+
+
+def merge_checkpoints(
+    method: str,
+    models: Sequence[str | os.PathLike[str]],
+    base: str | os.PathLike[str] | None,
+    dst: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    *,
+    template: str | os.PathLike[str] | None = None,
+) -> MergeReport:
+    """Merge checkpoints (or LoRA adapters of the base) into a checkpoint that stock loaders open.
+
+    Args:
+        method: one of `merging.METHODS`.
+        models: folders or .safetensors files; they are called by the last part of their path in options.
+        base: what they were fine-tuned from; without it, for methods that have none, the first model gives
+            names and dtypes.
+        dst: the new folder or file; it appears whole or not at all.
+        options: the method's own.
+        seed: of methods that draw.
+        template: the model whose configuration, dtypes and private tensors (head) the result gets: one of
+            the models, or the base, which it is by default.
+
+    Raises:
+        UsageError: no such method or option, a template that is none of them, a method that needs a base.
+        InputError: models that do not fit together, a destination that exists.
+        RunError: the disk is full or fails. Nothing is left at DST in any of these cases.
+    """
+    if not models:
+        raise UsageError("nothing to merge", hint="name at least one model")
+    names = _names(models)
+    known = TABLE.get(method.removeprefix("mergekit:"))
+    if base is None and (known is None or known.base not in ("none", "pair", "optional")):
+        raise UsageError(f"{method} needs the base that the models were fine-tuned from", hint="give --base")
+    like = Path(template if template is not None else base if base is not None else models[0])
+    if is_adapter(like):
+        if base is None:
+            raise InputError("an adapter needs its base", where=like, hint="give --base")
+        like = Path(base)
+    with open_checkpoint(like) as checkpoint:
+        check_destination(checkpoint.root, dst, checkpoint.nbytes)
+    origin = load_state(base if base is not None else models[0])
+    states = {name: load_model(path, origin) for name, path in names.items()}
+    settings = dict(options or {})
+    if base is None and known is not None and known.base == "optional":
+        settings.setdefault("with_base", False)
+    result = merge(method, origin, states, seed=seed, **settings)
+    distances = {} if base is None else {name: distance(origin, state) for name, state in states.items()}
+    chosen = next((name for name, path in names.items() if _same(path, like)), None)
+    if chosen is None and not (base is not None and _same(base, like)):
+        raise UsageError("the template is none of the models", where=like, expected=", ".join(names))
+    merged = dict(result.tensors) if chosen is None else result.for_task(chosen)
+    write_merged(dst, merged, like)
+    return MergeReport(
+        models=tuple(str(path) for path in models),
+        base=None if base is None else str(base),
+        method=method,
+        options=settings,
+        seed=seed,
+        dst=str(dst),
+        template=str(like),
+        distances=distances,
+        facts=result.facts,
+        notes=_notes(result, distances, chosen),
+    )
+
+
+def write_merged(dst: str | os.PathLike[str], tensors: State, template: str | os.PathLike[str]) -> None:
+    """Write tensors as a checkpoint with the files, shards, order and dtypes of another one.
+
+    Names that differ from the template's by a leading component are followed; tensors that it does not have
+    are refused, and so is one that is missing. A manifest of a lock is left behind: it is about other weights.
+
+    Args:
+        dst: the new folder or file.
+        tensors: by name.
+        template: the checkpoint that is followed.
+
+    Raises:
+        InputError: names or shapes that are not the template's, all at once; a destination that exists.
+        RunError: the disk is full or fails. Nothing is left at DST.
+    """
+    target = Path(dst)
+    with open_checkpoint(template) as like:
+        check_destination(like.root, target, like.nbytes)
+        found = _fitted(tensors, like)
+        staging: AbstractContextManager[Staging] = StagedFile(target) if like.single_file else Staging(target)
+        with staging as staged:
+            if not like.single_file:
+                side = [name for name in like.side_files if name != MANIFEST]
+                copy_side_files(like.root, side, like.side_folders, like.generated, staged.path)
+            for shard in like.shards:
+                path = staged.path if like.single_file else staged.path / shard.file
+                with ShardWriter(path, shard.header, shard.size) as writer:
+                    for info in shard.tensors:
+                        writer.write_at(info.start, to_bytes(found[info.name], info))
+            staged.commit()
+
+
+def to_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
+    """A tensor as the bytes of a safetensors dtype, rounded once to nearest even.
+
+    Raises:
+        InputError: numbers that the dtype cannot hold.
+    """
+    plain = tensor.detach().to("cpu")
+    dtype = _TORCH.get(info.dtype)
+    if dtype is not None:
+        rounded = plain.to(dtype)
+        if bool(torch.isinf(rounded).any()) and not bool(torch.isinf(plain).any()):
+            got = f"{float(plain.abs().max()):.3g}"
+            hint = "use a template in a wider dtype"
+            raise InputError(
+                "numbers beyond the dtype", where=info.name, expected=info.dtype, got=got, hint=hint
+            )
+        plain = rounded
+    elif plain.is_floating_point() or plain.element_size() * 8 != BITS[info.dtype]:
+        got = str(plain.dtype)
+        raise InputError("a tensor has another dtype", where=info.name, expected=info.dtype, got=got)
+    return plain.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _fitted(tensors: State, like: Checkpoint) -> State:
+    """The tensors under the template's names."""
+    found, _ = rename_like(like.tensors, tensors)
+    problems = Problems("the merge does not fit the template")
+    for name in sorted(like.tensors.keys() - found.keys()):
+        problems.add("a tensor is missing", where=name)
+    for name in sorted(found.keys() - like.tensors.keys()):
+        problems.add("the template has no such tensor", where=name)
+    for name, info in like.tensors.items():
+        if name in found and tuple(found[name].shape) != info.shape:
+            problems.add(
+                "a tensor has another shape",
+                where=name,
+                expected=list(info.shape),
+                got=list(found[name].shape),
+            )
+    problems.raise_any()
+    return found
+
+
+def _names(models: Sequence[str | os.PathLike[str]]) -> dict[str, str | os.PathLike[str]]:
+    """Models by the last part of their paths; a second one of a name gets its number."""
+    names: dict[str, str | os.PathLike[str]] = {}
+    for path in models:
+        stem = Path(os.path.abspath(path)).name.removesuffix(".safetensors")
+        name, number = stem, 2
+        while name in names:
+            name, number = f"{stem}-{number}", number + 1
+        names[name] = path
+    return names
+
+
+def _same(one: str | os.PathLike[str], two: str | os.PathLike[str]) -> bool:
+    return os.path.samefile(one, two)
+
+
+def _notes(result: MergeResult, distances: Mapping[str, float], chosen: str | None) -> tuple[str, ...]:
+    notes = [f"not a merge: {problem}" for problem in result.facts.problems]
+    if result.facts.near_base:
+        notes.append(
+            f"the merge is near the base: it moved {result.facts.moved:.2f} of a task vector's length"
+        )
+    notes += [f"{name} takes no part in the merge" for name in result.facts.left_out]
+    for name, far in distances.items():
+        if far > FAR:
+            notes.append(f"{name} is {far:.2f} of the base's norm away from it: locked, or not its fine-tune")
+    for name, private in result.private.items():
+        if private and name != chosen:
+            notes.append(f"{len(private)} tensors are private to {name} and were left out")
+    return tuple(notes)
