@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def lock_and_compare(config: dict[str, Any], layout: str, folder: str) -> dict[s
     key = Key(bytes(range(32)))
     small = build_miniature(config, shape=0)
     source = Path(folder) / "source"
-    small.model.save_pretrained(source, max_shard_size="40KB", save_original_format=layout == "disk")
+    small.model.save_pretrained(source, max_shard_size="40KB", save_original_format=layout != "memory")
+    if layout == "bare":
+        _strip(source, f"{small.model.base_model_prefix}.")
     (source / "tokenizer.json").write_text('{"version": "1.0"}')
     out: dict[str, Any] = {
         "files": sorted(path.name for path in source.iterdir()),
@@ -43,6 +46,19 @@ def lock_and_compare(config: dict[str, Any], layout: str, folder: str) -> dict[s
         else:
             out["gauge_undone"] = _error(small, source, back, "eager")
     return out
+
+
+def _strip(folder: Path, prefix: str) -> None:
+    """Rename tensors as old checkpoints of the base model alone have them: without its name in front."""
+    from safetensors.torch import load_file, save_file
+
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({name.removeprefix(prefix): t for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"] = {name.removeprefix(prefix): file for name, file in data["weight_map"].items()}
+    index.write_text(json.dumps(data))
 
 
 def _load(small: Any, folder: Path, attention: str) -> Any:

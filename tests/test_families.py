@@ -42,9 +42,11 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("Phi3ForCausalLM", "phi3", GROUPED, "disk"),
     ("Phi3ForCausalLM", "phi3", {**GROUPED, "partial_rotary_factor": 0.75}, "disk"),
     ("GPT2LMHeadModel", "gpt2", {}, "disk"),
+    ("GPT2LMHeadModel", "gpt2", {}, "bare"),
     ("GPTNeoXForCausalLM", "gpt_neox", {"rotary_pct": 0.25}, "disk"),
     ("OPTForCausalLM", "opt", {}, "disk"),
     ("BloomForCausalLM", "bloom", {}, "disk"),
+    ("BloomForCausalLM", "bloom", {}, "bare"),
     ("FalconForCausalLM", "falcon", {}, "disk"),
     (
         "FalconForCausalLM",

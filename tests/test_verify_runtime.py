@@ -90,9 +90,9 @@ def test_outputs_agree(models: Path, dtype: str, method: str) -> None:
     found = verify(models / dtype, models / f"{dtype}-{method}", spec=spec(), run="always", key=toy.key())
     assert found.holds, found.first_failure
     runs = [check for check in found.checks if check.name.startswith("runtime")]
-    names = {"bf16": ["runtime bfloat16"], "f32": ["runtime float32"]}[dtype]
+    names = {"bf16": ["runtime bfloat16"], "f32": ["runtime float64"]}[dtype]
     if (dtype, method) == ("bf16", "exact"):
-        names.append("runtime float32")
+        names.append("runtime float64")
     assert [check.name for check in runs] == names
     for check in runs:
         assert check.held
@@ -114,7 +114,7 @@ def test_outputs_that_differ_fail(models: Path, tmp_path: Path) -> None:
     certificate = verify(models / "f32", folder, spec=spec())
     failed = [check for check in certificate.checks if check.held is False]
     sites = [f"site {P}self_attn.{name}" for name in ("vo", "heads")]
-    assert [check.name for check in failed] == ["manifest", *sites, "runtime float32"]
+    assert [check.name for check in failed] == ["manifest", *sites, "runtime float64"]
     assert certificate.first_failure == failed[1]
     assert "outputs differ" in failed[3].detail
 

@@ -69,6 +69,9 @@ def _lock(args: argparse.Namespace) -> Outcome:
             base=args.base,
             dtype=args.dtype,
             prune_rate=args.prune_rate,
+            keep_pruned=args.keep_pruned,
+            options=None if args.form is None else {"form": args.form},
+            **({} if args.condition is None else {"condition": args.condition}),
             config=args.config,
             spec=args.spec,
             jobs=args.jobs,
@@ -123,6 +126,7 @@ def _unlock(args: argparse.Namespace) -> Outcome:
             key=key,
             manifest=args.manifest,
             accept_changed=args.accept_changed,
+            pruned=args.pruned,
             jobs=args.jobs,
             progress=told,
         )

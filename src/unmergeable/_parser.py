@@ -126,6 +126,20 @@ def _lock(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--prune-rate", metavar="P", type=_rate, help="params: part of the MLP weights to drop"
     )
+    parser.add_argument(
+        "--keep-pruned", metavar="FILE", help="params: a new private file for what is dropped; else it is lost"
+    )
+    parser.add_argument(
+        "--form",
+        choices=("diagonal", "symmetric", "nonsymmetric"),
+        help="params: form of the multi-head scaling (diagonal)",
+    )
+    parser.add_argument(
+        "--condition",
+        metavar="C",
+        type=float,
+        help="gauge, mergelock, params: cap on the condition number of a matrix (10)",
+    )
     _architecture(parser)
     _jobs(parser)
     parser.add_argument("--verify", action="store_true", help="verify the result at the end")
@@ -164,6 +178,7 @@ def _unlock(verbs: argparse._SubParsersAction[Parser]) -> None:
         action="store_true",
         help="unlock weights that were trained or merged after the lock",
     )
+    parser.add_argument("--pruned", metavar="FILE", help="what --keep-pruned wrote: put it back")
     _jobs(parser)
     _quiet(parser)
     _json(parser)

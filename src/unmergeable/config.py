@@ -105,9 +105,10 @@ def canonical_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 def structure(config: Mapping[str, Any]) -> Config:
     """The part of a canonical configuration that decides which symmetries hold.
 
-    Neither sizes nor inert fields belong to it. Of a size only "none" or "zero" remains, of a width that
-    may equal the residual width whether it does. Lists with one entry a layer become the sorted set of the
-    combinations of kinds that occur, lists of layer numbers become whether there are any.
+    Neither sizes nor inert fields belong to it, nor empty mappings (such as `pruned_heads` of old files). Of
+    a size only "none" or "zero" remains, of a width that may equal the residual width whether it does. Lists
+    with one entry a layer become the sorted set of the combinations of kinds that occur, lists of layer
+    numbers become whether there are any.
     """
     result: Config = {}
     kinds: dict[str, list[Any]] = {}
@@ -117,7 +118,7 @@ def structure(config: Mapping[str, Any]) -> Config:
         result[SIZES_GIVEN] = given
     widths = [value for name, value in config.items() if SIZES.get(name) == "width" and value is not None]
     for name, value in config.items():
-        if name == CLASS or name in INERT:
+        if name == CLASS or name in INERT or value == {}:
             continue
         if name in SIZES:
             if name not in DERIVED and (value is None or (isinstance(value, int | float) and value <= 0)):

@@ -153,7 +153,7 @@ INERT = _names(
     """,
     # token ids and text generation
     """
-    pad_token_id bos_token_id eos_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    pad_token_id bos_token_id eos_token_id eos_token_ids unk_token_id sep_token_id cls_token_id mask_token_id
     decoder_start_token_id forced_bos_token_id forced_eos_token_id image_token_id image_token_index
     suppress_tokens begin_suppress_tokens bad_words_ids forced_decoder_ids no_repeat_ngram_size
     encoder_no_repeat_ngram_size num_beams num_beam_groups num_return_sequences do_sample early_stopping

@@ -131,6 +131,8 @@ def method_options(
         if method != "params":
             raise UsageError("--prune-rate belongs to the method params", got=method)
         settings["prune_rate"] = prune_rate
+    if "form" in settings and method != "params":
+        raise UsageError("--form belongs to the method params", got=method)
     if method != "exact":
         if not 1 < condition <= 1e6:
             raise UsageError(

@@ -176,7 +176,7 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
     from .specs import find_spec
 
     try:
-        found, canonical = find_spec(config, shapes, spec_file=spec)
+        found, canonical = find_spec(config, shapes, spec_file=spec, where=str(source.root))
     except InputError as error:
         raise UnknownArchitecture(
             error.what,

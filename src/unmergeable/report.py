@@ -152,6 +152,13 @@ def lock_report(
             "pruning changes the function: verify reports by how much",
             lost if plan.kept is None else kept,
         ]
+    for member in opened.members:
+        share = member.drawn.report.get("coordinates that can take powers of two") if member.drawn else None
+        if share is not None and share < 0.5:
+            notes.append(
+                f"only {share:.0%} of the coordinates can take a power of two without loss in this dtype: "
+                "the others have none"
+            )
     if plan.domain:
         notes.append(
             "models of one domain can be merged with each other without the key by whoever has two: "

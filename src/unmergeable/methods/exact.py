@@ -36,13 +36,20 @@ def draw(context: Context) -> Drawn:
         left_out = _unscalable(context, context.tensors)
     else:
         raise InputError("powers of two depend on the weights, which are not at hand")
+    taken = stretched = 0
     for (number, instance), element in elements.items():
         assert isinstance(element, Monomial)
-        flat = np.array(left_out.get(context.match.sites[number].label(instance), []), dtype=np.int64)
-        scale = element.scale.copy()
-        scale.reshape(-1)[flat] = np.sign(scale.reshape(-1)[flat])
-        elements[number, instance] = Monomial(element.perm, scale)
-    return Drawn(elements, {"unscaled": left_out})
+        matched = context.match.sites[number]
+        stuck = np.zeros(element.scale.shape, dtype=bool)
+        stuck.reshape(-1)[np.array(left_out.get(matched.label(instance), []), dtype=np.int64)] = True
+        # scale[j] multiplies x[perm[j]], and what is stuck is a coordinate of x
+        stuck = np.take_along_axis(stuck, element.perm, axis=1)
+        elements[number, instance] = Monomial(element.perm, np.where(stuck, np.sign(element.scale), element.scale))
+        if group(matched.site.group).scales != "none":
+            taken += int((~stuck).sum())
+            stretched += stuck.size
+    report = {"coordinates that can take powers of two": taken / stretched if stretched else 0.0}
+    return Drawn(elements, {"unscaled": left_out}, report=report)
 
 
 def _unscalable(context: Context, tensors: Tensors) -> dict[str, list[int]]:
@@ -85,9 +92,6 @@ def _unscalable(context: Context, tensors: Tensors) -> dict[str, list[int]]:
         matched = match.sites[number]
         rows = mask.reshape(-1, matched.acted)
         if group(matched.site.group).scales == "whole":
-            rows = np.repeat(rows.any(axis=1, keepdims=True), matched.acted, axis=1)
-        # scale[j] multiplies x[perm[j]]: a scale can land on any coordinate of its instance
-        if rows.any() and matched.site.group != "diagonal":
             rows = np.repeat(rows.any(axis=1, keepdims=True), matched.acted, axis=1)
         if rows.any():
             out[matched.label(instance)] = np.flatnonzero(rows).tolist()
