@@ -92,7 +92,7 @@ def _cached(small: Any, source: Path, target: Path) -> float | None:
         outputs.append(
             model.generate(
                 entry["input_ids"], max_new_tokens=4, do_sample=False, use_cache=True, num_beams=1,
-                return_dict_in_generate=True, output_logits=True, pad_token_id=0,
+                decoder_start_token_id=0, return_dict_in_generate=True, output_logits=True, pad_token_id=0,
             )
         )  # fmt: skip
     if not outputs[0].sequences.equal(outputs[1].sequences):

@@ -254,14 +254,15 @@ def build_family(config: Mapping[str, Any], architecture: str | None = None) -> 
 
 
 def without_derived(real: Config, defaults: Mapping[str, Any]) -> Config:
-    """The config with every size null that its class declares as null and works out by itself."""
+    """The config without the sizes that its class works out by itself: null where declared, else left out."""
     out: Config = {}
     for name, value in real.items():
         nested = defaults.get(name)
         if isinstance(value, Mapping) and isinstance(nested, Mapping):
             out[name] = without_derived(dict(value), nested)
-        elif name in DERIVED and name in defaults and nested is None:
-            out[name] = None
+        elif name in DERIVED and nested is None:
+            if name in defaults:
+                out[name] = None
         else:
             out[name] = value
     return out
