@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmergeable.checkpoint import bits_dtype, to_bits
+from unmergeable.checkpoint import bits_dtype, to_bits, to_float64
 from unmergeable.derive import Key
 from unmergeable.index import parse_index
 from unmergeable.match import Match, match_spec
 from unmergeable.methods import Context, method
 from unmergeable.spec import Site, Slot, Spec
-from unmergeable.transform import apply_bits, apply_floats, compile_tensor
+from unmergeable.transform import Take, apply_bits, apply_floats, compile_tensor
 
 SALT = bytes(range(32))
 TOKENS = 5
@@ -205,18 +205,32 @@ def test_an_unbalanced_change_does_change_the_function(block: Block, seed: int) 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 @pytest.mark.parametrize("exponent", [-3, -1, 2, 3])
 def test_powers_of_two_on_all_bit_patterns(dtype: str, exponent: int) -> None:
-    """All 65,536 patterns: what is scaled without loss comes back, zeros, infinities and NaNs pass unchanged."""
-    from unmergeable.transform import Take
+    """All 65,536 patterns: zeros, infinities and NaNs stay, the rest is the product, rounded to nearest.
 
+    What keeps to the normal numbers loses nothing, so it comes back.
+    """
     bits = np.arange(65536, dtype=bits_dtype(dtype)).reshape(1, -1)
-    factor = np.array([2.0**exponent])
-    step = Take(0, np.array([0]), factor)
+    step = Take(0, np.array([0]), np.array([2.0**exponent]))
     scaled = apply_bits(bits, dtype, [step])
     mantissa, width = (7, 8) if dtype == "BF16" else (10, 5)
     field = (bits.astype(np.int64) >> mantissa) & ((1 << width) - 1)
-    special = (field == (1 << width) - 1) | (field == 0)
+    fraction = bits.astype(np.int64) & ((1 << mantissa) - 1)
+    special = (field == (1 << width) - 1) | ((field == 0) & (fraction == 0))
     assert np.array_equal(scaled[special], bits[special])
-    safe = ~special & (field + exponent >= 1) & (field + exponent <= (1 << width) - 2)
+    product = to_bits(to_float64(bits[~special], dtype) * 2.0**exponent, dtype)
+    assert np.array_equal(scaled[~special], product)
+    safe = (
+        (field >= 1)
+        & (field + exponent >= 1)
+        & (field <= (1 << width) - 2)
+        & (field + exponent <= (1 << width) - 2)
+    )
     assert np.array_equal(apply_bits(scaled, dtype, [step.inverse()])[safe], bits[safe])
-    moved = (scaled.astype(np.int64) >> mantissa) & ((1 << width) - 1)
-    assert np.array_equal(moved[safe], field[safe] + exponent)
+
+
+def test_weights_that_were_trained_round_instead_of_wrapping() -> None:
+    bits = to_bits(np.array([[2.0**-14, 2.0**-13, 30000.0, -30000.0]]), "F16")
+    down = apply_bits(bits, "F16", [Take(0, np.array([0]), np.array([2.0**-3]))])
+    up = apply_bits(bits, "F16", [Take(0, np.array([0]), np.array([8.0]))])
+    assert to_float64(down, "F16").tolist() == [[2.0**-17, 2.0**-16, 3750.0, -3750.0]]
+    assert to_float64(up, "F16").tolist() == [[2.0**-11, 2.0**-10, np.inf, -np.inf]]

@@ -242,12 +242,36 @@ def _take_bits(bits: Array, dtype: str, axis: int, take: Ints, factor: Floats | 
         out ^= ((factor < 0).astype(out.dtype) << out.dtype.type(top)).reshape(along)
     exponent = np.frexp(np.abs(factor))[1] - 1
     if np.any(exponent):
-        mantissa = _MANTISSA_BITS[dtype]
-        field = out.dtype.type((1 << top) - (1 << mantissa))
-        finite = (out & field != 0) & (out & field != field)
-        add = (exponent.astype(np.int64) << mantissa).astype(out.dtype).reshape(along)
-        out += np.where(finite, add, out.dtype.type(0))
+        _add_exponents(out, dtype, exponent.reshape(along))
     return out
+
+
+def _add_exponents(bits: Array, dtype: str, exponent: Ints) -> None:
+    """Multiply by powers of two in place. Zeros, infinities and NaNs stay; what leaves the normal numbers rounds.
+
+    A lock scales nothing that would round; weights that were trained since may.
+    """
+    from .checkpoint.numeric import to_bits, to_float64
+
+    mantissa = _MANTISSA_BITS[dtype]
+    top = bits.dtype.itemsize * 8 - 1
+    field = bits.dtype.type((1 << top) - (1 << mantissa))
+    highest = (1 << (top - mantissa)) - 1
+    now = ((bits & field) >> bits.dtype.type(mantissa)).astype(np.int64)
+    after = now + exponent
+    normal = (now > 0) & (now < highest)
+    safe = normal & (after >= 1) & (after < highest)
+    magnitude = bits & bits.dtype.type((1 << top) - 1)
+    rounds = (magnitude != 0) & (now < highest) & ~safe & (exponent != 0)
+    rounded = None
+    if np.any(rounds):
+        scale = np.ldexp(1.0, np.broadcast_to(exponent, bits.shape)[rounds].astype(np.int32))
+        with np.errstate(over="ignore", under="ignore"):
+            rounded = to_bits(to_float64(bits[rounds], dtype) * scale, dtype)
+    add = (exponent.astype(np.int64) << mantissa).astype(bits.dtype)
+    bits += np.where(safe, add, bits.dtype.type(0))
+    if rounded is not None:
+        bits[rounds] = rounded
 
 
 def apply_floats(values: Array, steps: Sequence[Step]) -> Array:
