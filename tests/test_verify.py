@@ -98,7 +98,7 @@ def test_a_single_file_holds(tmp_path: Path) -> None:
 
 def test_a_pipeline_holds_by_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def find_spec(
-        config: dict[str, Any], names: object, *, spec_file: object = None
+        config: dict[str, Any], names: object, *, spec_file: object = None, where: str = ""
     ) -> tuple[Any, dict[str, Any]]:
         if config["model_type"] != "toy":
             raise InputError("no such architecture")

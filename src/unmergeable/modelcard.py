@@ -61,7 +61,8 @@ It was published with `unmergeable` {manifest.tool}, method `{manifest.method}`,
 
 **Use it as any other model.** It loads with the stock library, computes what it computed before, can be \
 fine-tuned, and needs no key. {_QUANTISED[manifest.method == "exact" and not scales]} What does not fit it \
-any more: adapters (LoRA) that were trained on its base, and anything else that reads its weights by position.
+any more, or in part only: adapters (LoRA) that were trained on its base, and anything else that reads its \
+weights by position.
 
 **What this stops:** merging it off the shelf. Averaging, task arithmetic, TIES and their kin combine \
 weights by position, and its positions are its own.
