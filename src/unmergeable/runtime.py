@@ -169,7 +169,7 @@ def _run_source(source: Member, kind: str, noise: str) -> tuple[Outputs, Outputs
             for number, entry in enumerate(make_inputs(model, model.config.to_dict())):
                 try:
                     plain |= _forward(model, entry, attention)
-                except Exception:
+                except Exception:  # a class may refuse an input in any way; the first one it has to take
                     if number == 0:
                         raise
                     continue

@@ -90,6 +90,28 @@ class TensorPlan:
         return all(step.exact for step in self.steps)
 
 
+def unfold(values: Array, slot: Slot, sizes: Mapping[str, int]) -> tuple[Array, list[str | None]]:
+    """The part of a tensor that a slot views, with one axis for each of its dims.
+
+    Returns: the array, and the dim on each of its axes; None for an axis of the tensor that the slot leaves whole.
+    """
+    shape: list[int] = []
+    names: list[str | None] = []
+    for axis in range(values.ndim):
+        index = slot.axes.get(axis)
+        if index is None:
+            shape.append(values.shape[axis])
+            names.append(None)
+            continue
+        view = index.view(sizes)
+        positions = view.positions().reshape(-1)
+        if len(positions) != values.shape[axis] or not np.array_equal(positions, np.arange(len(positions))):
+            values = np.take(values, positions, axis=axis)
+        shape += [size for _, size, _ in view.dims]
+        names += list(view.names)
+    return values.reshape(shape), names
+
+
 def compile_tensor(match: Match, elements: Elements, name: str, *, undo: bool = False) -> TensorPlan:
     """The plan of one destination tensor under the drawn elements, or under their inverses with `undo`."""
     moved = _moved_name(match, elements, name, undo)

@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..groups import Floats
 from ..match import Instance, Match, MatchedSite
 from ..spec import Slot
+from ..transform import unfold
 from .rows import Pair
 
 Tensors = Mapping[str, Floats]
@@ -131,24 +132,11 @@ def read_both(name: str, own: Tensors, other: Tensors) -> tuple[Floats, Floats]:
 
 def fold(values: Floats, slot: Slot, sizes: Mapping[str, int]) -> Cells:
     """The view of a slot with one axis for each of its dims, and all else as features."""
-    shape: list[int] = []
-    names: list[str | None] = []
-    for axis in range(values.ndim):
-        index = slot.axes.get(axis)
-        if index is None:
-            shape.append(values.shape[axis])
-            names.append(None)
-            continue
-        view = index.view(sizes)
-        positions = view.positions().reshape(-1)
-        if len(positions) != values.shape[axis] or not np.array_equal(positions, np.arange(len(positions))):
-            values = np.take(values, positions, axis=axis)
-        shape += [size for _, size, _ in view.dims]
-        names += list(view.names)
+    values, names = unfold(values, slot, sizes)
     dims = tuple(name for name in names if name is not None)
     order = [k for k, name in enumerate(names) if name is not None]
     rest = [k for k, name in enumerate(names) if name is None]
-    moved = values.reshape(shape).transpose([*order, *rest])
+    moved = values.transpose([*order, *rest])
     return Cells(dims, moved.reshape(*moved.shape[: len(order)], -1))
 
 

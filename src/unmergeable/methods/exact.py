@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..groups import SCALE_EXPONENTS, Monomial, Stream, group
 from ..match import Instance, MatchedSite
+from ..transform import unfold
 from .context import Context, Drawn, Tensors, draw_sites
 
 _EXPONENT = {"F64": (52, 11), "F32": (23, 8), "F16": (10, 5), "BF16": (7, 8)}  # mantissa and exponent bits
@@ -66,25 +67,10 @@ def _unscalable(context: Context, tensors: Tensors) -> dict[str, list[int]]:
             site, sizes = matched.site, matched.sizes
             instance = tuple(part.dims[dim] for dim in site.name_dims)
             order = (*site.batch_dims, site.acts)
-            mask = np.zeros(tuple(sizes[dim] for dim in order), dtype=bool)
-            remaining, axes = tight, []
-            for axis in range(tight.ndim):
-                index = part.slot.axes.get(axis)
-                if index is None:
-                    continue
-                view = index.view(sizes)
-                remaining = np.take(remaining, view.positions().reshape(-1), axis=axis)
-                axes.append((axis, view))
-            shape: list[int] = []
-            names: list[str | None] = []
-            for axis in range(tight.ndim):
-                found = next((view for at, view in axes if at == axis), None)
-                shape += [size for _, size, _ in found.dims] if found else [tight.shape[axis]]
-                names += list(found.names) if found else [None]
-            folded = remaining.reshape(shape)
+            folded, names = unfold(tight, part.slot, sizes)
             drop = tuple(k for k, dim in enumerate(names) if dim not in order)
             kept = [dim for dim in names if dim in order]
-            mask |= np.transpose(folded.any(axis=drop), [kept.index(dim) for dim in order])
+            mask = np.transpose(folded.any(axis=drop), [kept.index(dim) for dim in order])
             found_mask = stuck.setdefault((part.site, instance), np.zeros(mask.shape, dtype=bool))
             found_mask |= mask
     out: dict[str, list[int]] = {}

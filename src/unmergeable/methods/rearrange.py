@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..groups import Floats, Ints, Stream
 from ..match import Instance, Match, MatchedSite
 from ..spec import Slot
+from ..transform import unfold
 from .context import Tensors
 
 BLOCK = 64
@@ -41,23 +42,10 @@ def slot_rows(values: Array, slot: Slot, matched: MatchedSite) -> Array:
     Returns: [b, n, width]: for each instance of the batch, one row a coordinate of the acted dim.
     """
     site, sizes = matched.site, matched.sizes
-    shape: list[int] = []
-    names: list[str | None] = []
-    for axis in range(values.ndim):
-        index = slot.axes.get(axis)
-        if index is None:
-            shape.append(values.shape[axis])
-            names.append(None)
-            continue
-        view = index.view(sizes)
-        positions = view.positions().reshape(-1)
-        if len(positions) != values.shape[axis] or not np.array_equal(positions, np.arange(len(positions))):
-            values = np.take(values, positions, axis=axis)
-        shape += [size for _, size, _ in view.dims]
-        names += list(view.names)
+    values, names = unfold(values, slot, sizes)
     order = [names.index(dim) for dim in (*site.batch_dims, site.acts)]
     rest = [k for k in range(len(names)) if k not in order]
-    folded = values.reshape(shape).transpose([*order, *rest])
+    folded = values.transpose([*order, *rest])
     return folded.reshape(prod(matched.batch), matched.acted, -1)
 
 

@@ -335,7 +335,7 @@ def _working_inputs(model: Any) -> list[InputSet]:
     for index, entry in enumerate(candidates):
         try:
             outputs = flatten_outputs(model(**entry.arguments), entry.masks)
-        except Exception:
+        except Exception:  # a class may refuse an input in any way; the first one it has to take
             if index == 0:
                 raise
             continue
