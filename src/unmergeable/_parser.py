@@ -127,7 +127,9 @@ def _lock(verbs: argparse._SubParsersAction[Parser]) -> None:
         "--prune-rate", metavar="P", type=_rate, help="params: part of the MLP weights to drop"
     )
     parser.add_argument(
-        "--keep-pruned", metavar="FILE", help="params: a new private file for what is dropped; else it is lost"
+        "--keep-pruned",
+        metavar="FILE",
+        help="params: a new private file for what is dropped; else it is lost",
     )
     parser.add_argument(
         "--form",

@@ -85,7 +85,9 @@ def canonical_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     for declared, default in defaults.items():
         if declared == CLASS:
             continue
-        name = known.get("aliases", {}).get(declared, declared)  # a class may declare an alias of its own field
+        name = known.get("aliases", {}).get(
+            declared, declared
+        )  # a class may declare an alias of its own field
         if name in result:
             continue
         if isinstance(default, Mapping) and CLASS in default:

@@ -9,8 +9,6 @@ Only one model is in memory at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from .certificate import Check
 from .checkpoint import is_float
 from .errors import RunError, UsageError
 from .plan import Member, Opened
+from .stock import model_class, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +74,7 @@ def _obstacle(before: Opened, after: Opened, run: str) -> str | None:
         return f"both models need {need / 2**30:.1f} GiB, more than half of the memory"
     if any(find_spec(name) is None for name in ("torch", "transformers")):
         return "torch and transformers are not installed"
-    if _model_class(config) is None:
+    if model_class(config) is None:
         return "transformers has no class for it"
     return None
 
@@ -100,20 +99,6 @@ def _nbytes(before: Opened, after: Opened, dtype: str) -> int:
 def _memory() -> int:
     """Bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _model_class(config: Mapping[str, Any]) -> Any:
-    """The stock class that config.json names, else the base class of its type; None if there is none."""
-    import transformers
-
-    known = transformers.CONFIG_MAPPING
-    if config["model_type"] not in known:
-        return None
-    for name in config.get("architectures") or ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if found is not None and hasattr(found, "from_pretrained"):
-            return found
-    return transformers.AutoModel if known[config["model_type"]] in transformers.MODEL_MAPPING else None
 
 
 # --- running ------------------------------------------------------------------------------------------------
@@ -160,7 +145,7 @@ def _run_source(source: Member, kind: str, noise: str) -> tuple[Outputs, Outputs
 
     plain: Outputs = {}
     shaken: Outputs = {}
-    with _quiet():
+    with quiet():
         for attention in ATTENTION:
             model = _load(source.source.root, source, kind, attention)
             if model is None:
@@ -185,7 +170,7 @@ def _run(root: Path, source: Member, kind: str, wanted: set[str]) -> Outputs:
     from .prove.inputs import make_inputs
 
     found: Outputs = {}
-    with _quiet():
+    with quiet():
         for attention in ATTENTION:
             if not any(label.startswith(f"{attention}, ") for label in wanted):
                 continue
@@ -194,23 +179,6 @@ def _run(root: Path, source: Member, kind: str, wanted: set[str]) -> Outputs:
                 if f"{attention}, {entry.label}" in wanted:
                     found |= _forward(model, entry, attention)
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading reports and warnings of transformers are not ours to print."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _load(root: Path, source: Member, kind: str, attention: str) -> Any:
@@ -228,7 +196,7 @@ def _load(root: Path, source: Member, kind: str, attention: str) -> Any:
         "trust_remote_code": False,
     }
     try:
-        model = _model_class(given).from_pretrained(str(root), **options)
+        model = model_class(given).from_pretrained(str(root), **options)
     except (ValueError, ImportError):
         if attention == ATTENTION[0]:
             raise

@@ -45,7 +45,9 @@ def draw(context: Context) -> Drawn:
         stuck.reshape(-1)[np.array(left_out.get(matched.label(instance), []), dtype=np.int64)] = True
         # scale[j] multiplies x[perm[j]], and what is stuck is a coordinate of x
         stuck = np.take_along_axis(stuck, element.perm, axis=1)
-        elements[number, instance] = Monomial(element.perm, np.where(stuck, np.sign(element.scale), element.scale))
+        elements[number, instance] = Monomial(
+            element.perm, np.where(stuck, np.sign(element.scale), element.scale)
+        )
         if group(matched.site.group).scales != "none":
             taken += int((~stuck).sum())
             stretched += stuck.size

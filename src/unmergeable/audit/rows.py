@@ -1,0 +1,127 @@
+"""What an audit measures: a row is one attack on one side, with the best merges that it found.
+
+Sides: `protected`, the thief holds the released model; `plain`, he holds the fine-tune as it was before; and
+`without`, he holds only his own models. All three try the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Scores = Mapping[str, Floats]  # by task, one score an example, higher is better
+
+Side = Literal["protected", "plain", "without"]
+SIDES: tuple[Side, ...] = ("protected", "plain", "without")
+State = Literal["done", "unreliable", "refused", "failed"]
+
+LEVELS = {
+    0: "off the shelf, no data",
+    1: "adaptive, no data",
+    2: "unlabelled inputs",
+    3: "few labels",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an attack took, looking for its best merge included.
+
+    Attributes:
+        inputs, labelled: different examples that it used without and with their labels, beyond those that
+            merges are chosen on.
+        tokens: labels in them, for text.
+        forwards: forward passes of one example through one model; a step of training counts as three.
+        seconds: wall clock of one worker.
+        size: parameters of the result over those of one model.
+    """
+
+    inputs: int = 0
+    labelled: int = 0
+    tokens: int = 0
+    forwards: float = 0.0
+    seconds: float = 0.0
+    size: float = 1.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A merge that was scored in full.
+
+    Attributes:
+        options: of the attack's last step; with the row's chain they say how to do it again.
+        validation, test: scores of every example.
+    """
+
+    options: Mapping[str, Any]
+    validation: Scores
+    test: Scores
+
+
+@dataclass(frozen=True)
+class Look:
+    """A merge that was looked at on a few examples: values of the protected task and of the worst own one."""
+
+    options: Mapping[str, Any]
+    protected: float
+    own: float
+
+    @property
+    def joint(self) -> float:
+        """The worse of the two."""
+        return min(self.protected, self.own)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack on one side.
+
+    Attributes:
+        chain: what was done, in order: preparations, then a merge, then a repair.
+        level: of access that it takes.
+        needs: what a thief must have; keys of `attacks.NEEDS`.
+        points: the merges that were scored in full, none if it was refused or failed.
+        looks: everything that was looked at.
+        state, reason: why it is not simply done.
+    """
+
+    chain: tuple[str, ...]
+    side: Side
+    level: int
+    about: str
+    needs: tuple[str, ...]
+    points: tuple[Point, ...] = ()
+    looks: tuple[Look, ...] = ()
+    cost: Cost = field(default_factory=Cost)
+    state: State = "done"
+    reason: str | None = None
+    seed: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def attack(self) -> str:
+        """The chain as one name."""
+        return " > ".join(self.chain)
+
+    def summary(self) -> dict[str, Any]:
+        """Ready for JSON, without scores: those are for `scores`."""
+        return {
+            "attack": self.attack,
+            "chain": list(self.chain),
+            "side": self.side,
+            "level": self.level,
+            "about": self.about,
+            "needs": list(self.needs),
+            "state": self.state,
+            "reason": self.reason,
+            "seed": self.seed,
+            "tried": len(self.looks),
+            "looks": [[round(look.protected, 4), round(look.own, 4)] for look in self.looks],
+            "cost": asdict(self.cost),
+            "facts": dict(self.facts),
+        }

@@ -1,0 +1,309 @@
+"""Scores: what a thief gets, on the scale on which the base is 0 and a task's own fine-tune is 1.
+
+value v_t(M) = (score_t(M) − score_t(base)) / (score_t(plain) − score_t(base)); own(M) = the least value of the
+thief's tasks. For every floor q, a thief at some level of access takes the merge with the largest value of the
+protected task among those with own ≥ q. He chooses on validation examples; what he got is measured on test
+examples. G(q) is that value less what a thief gets at the same level without the protected model, and
+
+    recovered = Σ_q G(q) with the protected model / Σ_q G(q) with the unprotected one.
+
+Intervals are percentiles of a paired bootstrap: test examples are drawn anew, the same ones for all models, and
+choices stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from .rows import LEVELS, SIDES, Floats, Point, Row, Scores, Side
+
+FLOORS = (0.0, 0.25, 0.5, 0.75)
+RESAMPLES = 2000
+COVERAGE = 0.95
+SEPARATION = 5.0  # standard errors by which a fine-tune must beat its base for a task to count
+LEAST = 0.05  # Σ G of the unprotected model below which there is nothing that could be recovered
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Scores that values are relative to: of the base and of each task's own unprotected fine-tune.
+
+    Attributes:
+        protected: the protected task. own: the thief's.
+        base, plain: scores by half ("validation", "test") and task.
+    """
+
+    protected: str
+    own: tuple[str, ...]
+    base: Mapping[str, Scores]
+    plain: Mapping[str, Scores]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All tasks, the protected one first."""
+        return (self.protected, *self.own)
+
+    def value(self, half: str, task: str, scores: Floats) -> float:
+        """The value of a model on a task, from its scores on a half of the examples."""
+        start = float(self.base[half][task].mean())
+        return float((scores.mean() - start) / (self.plain[half][task].mean() - start))
+
+    def pair(self, half: str, scores: Scores) -> tuple[float, float]:
+        """The value of the protected task, and the least of the thief's own."""
+        own = min(self.value(half, task, scores[task]) for task in self.own)
+        return self.value(half, self.protected, scores[self.protected]), own
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far apart base and fine-tune are on a task, all examples together."""
+
+    base: float
+    plain: float
+    error: float
+
+    @property
+    def times(self) -> float:
+        """In standard errors of the paired difference."""
+        gap = abs(self.plain - self.base)
+        return gap / self.error if self.error else (np.inf if gap else 0.0)
+
+    @property
+    def enough(self) -> bool:
+        """Whether values on this task mean anything."""
+        return self.plain > self.base and self.times >= SEPARATION
+
+
+def separation(base: Floats, plain: Floats) -> Separation:
+    """Base and fine-tune on the same examples."""
+    difference = plain - base
+    return Separation(
+        float(base.mean()), float(plain.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a thief with a floor takes: a point of a row, or nothing (the base, whose values are 0)."""
+
+    row: int | None
+    point: Point | None
+    value: float
+    own: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON; `row` counts the audit's rows."""
+        return {"row": self.row, "value": self.value, "own": self.own}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What each thief gets who insists on a floor for his own tasks; values on test examples."""
+
+    floor: float
+    chosen: Mapping[Side, Chosen]
+
+    def gain(self, side: Side) -> float:
+        """G: the value of the protected task beyond that of a thief without the model."""
+        return self.chosen[side].value - self.chosen["without"].value
+
+
+@dataclass(frozen=True)
+class Level:
+    """What thieves at one level of access get, all attacks up to it together.
+
+    Attributes:
+        recovered: Σ G(protected) / Σ G(plain). interval: 95 %.
+        gains: Σ G by side, with the protected and the plain model.
+        joint: by side, the best min(value, own).
+        reason: why nothing can be said; None if it can.
+    """
+
+    level: int
+    floors: tuple[Floor, ...]
+    recovered: float
+    interval: tuple[float, float]
+    gains: Mapping[str, float]
+    joint: Mapping[Side, Chosen]
+    reason: str | None = None
+
+    @property
+    def protection(self) -> float:
+        """1 − recovered."""
+        return 1.0 - self.recovered
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON; figures that cannot be had are null."""
+
+        def number(value: float) -> float | None:
+            return float(value) if np.isfinite(value) else None
+
+        return {
+            "level": self.level,
+            "name": LEVELS[self.level],
+            "recovered": number(self.recovered),
+            "interval": [number(limit) for limit in self.interval],
+            "protection": number(self.protection),
+            "gains": {side: number(gain) for side, gain in self.gains.items()},
+            "floors": [
+                {
+                    "floor": floor.floor,
+                    **{side: floor.chosen[side].as_dict() for side in SIDES},
+                    "gain": {side: number(floor.gain(side)) for side in ("protected", "plain")},
+                }
+                for floor in self.floors
+            ],
+            "joint": {
+                side: {**chosen.as_dict(), "joint": min(chosen.value, chosen.own)}
+                for side, chosen in self.joint.items()
+            },
+            "reliable": self.reason is None,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    row: int
+    point: Point
+    value: float
+    own: float
+
+
+def judge(
+    rows: Sequence[Row], reference: Reference, level: int, *, seed: int = 0, resamples: int = RESAMPLES
+) -> Level:
+    """What thieves at a level of access get.
+
+    Args:
+        rows: of the whole audit; those of higher levels are left out.
+        reference: what values are relative to.
+        level: of access.
+        seed, resamples: of the bootstrap.
+    """
+    pools = {side: _pool(rows, reference, level, side) for side in SIDES}
+    # Whoever has a model may leave it alone: nobody gets less with it than without.
+    for side in ("protected", "plain"):
+        pools[side] = [*pools[side], *pools["without"]]
+    floors = tuple(
+        Floor(floor, {side: _choose(pools[side], reference, floor) for side in SIDES}) for floor in FLOORS
+    )
+    joint = {side: _choose(pools[side], reference, None) for side in SIDES}
+    gains = {side: sum(floor.gain(side) for floor in floors) for side in ("protected", "plain")}
+    reason = None
+    if gains["plain"] < LEAST:
+        reason = (
+            f"merges of the unprotected model give no more than merges without it (Σ G {gains['plain']:.2f}): "
+            "there is nothing that could be recovered"
+        )
+        return Level(level, floors, np.nan, (np.nan, np.nan), gains, joint, reason)
+    drawn = _bootstrap(floors, reference, seed, resamples)
+    edge = (1 - COVERAGE) / 2
+    low, high = np.nanpercentile(drawn, [100 * edge, 100 * (1 - edge)])
+    return Level(
+        level, floors, gains["protected"] / gains["plain"], (float(low), float(high)), gains, joint, reason
+    )
+
+
+def _pool(rows: Sequence[Row], reference: Reference, level: int, side: Side) -> list[_Candidate]:
+    found = []
+    for number, row in enumerate(rows):
+        if row.side == side and row.level <= level:
+            for point in row.points:
+                found.append(_Candidate(number, point, *reference.pair("validation", point.validation)))
+    return found
+
+
+def _choose(pool: Iterable[_Candidate], reference: Reference, floor: float | None) -> Chosen:
+    """The best candidate on validation examples, measured on test examples; joint where there is no floor."""
+    best: _Candidate | None = None
+    most = 0.0 if floor is None or floor <= 0 else -np.inf  # the base: values 0, within reach of everybody
+    for candidate in pool:
+        if floor is not None and candidate.own < floor:
+            continue
+        worth = candidate.value if floor is not None else min(candidate.value, candidate.own)
+        if worth > most:
+            best, most = candidate, worth
+    if best is None:
+        return Chosen(None, None, 0.0, 0.0)
+    value, own = reference.pair("test", best.point.test)
+    return Chosen(best.row, best.point, value, own)
+
+
+def _bootstrap(floors: Sequence[Floor], reference: Reference, seed: int, resamples: int) -> Floats:
+    """`recovered` for test examples drawn anew, [resamples]."""
+    # Only the protected task's values enter G: its examples are all that has to be drawn.
+    task = reference.protected
+    base, plain = reference.base["test"][task], reference.plain["test"][task]
+    draws = resample(len(base), seed, resamples)
+    start = _means(base, draws)
+    span = _means(plain, draws) - start
+    sums: dict[str, Floats] = {}
+    known: dict[int, Floats] = {}
+
+    def value(chosen: Chosen) -> Floats:
+        if chosen.point is None:
+            return np.zeros(resamples)
+        if id(chosen.point) not in known:
+            known[id(chosen.point)] = (_means(chosen.point.test[task], draws) - start) / span
+        return known[id(chosen.point)]
+
+    for side in ("protected", "plain"):
+        sums[side] = np.sum(
+            [value(floor.chosen[side]) - value(floor.chosen["without"]) for floor in floors], axis=0
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: Floats = sums["protected"] / sums["plain"]
+    return np.where(np.isfinite(ratio), ratio, np.nan)
+
+
+def resample(count: int, seed: int, resamples: int) -> NDArray[np.int64]:
+    """Examples drawn with replacement, [resamples, count]."""
+    return np.random.default_rng([seed, count]).integers(0, count, (resamples, count))
+
+
+def _means(scores: Floats, draws: NDArray[np.int64]) -> Floats:
+    return np.asarray(scores[draws].mean(axis=1), dtype=np.float64)
+
+
+def check_separation(found: Mapping[str, Separation]) -> None:
+    """Refuse tasks on which base and fine-tune cannot be told apart.
+
+    Raises:
+        InputError: for the first such task.
+    """
+    for task, one in found.items():
+        if not one.enough:
+            raise InputError(
+                "the fine-tune does not beat its base clearly enough to measure anything between them",
+                where=task,
+                expected=f"{SEPARATION:g} standard errors of the paired difference",
+                got=f"{one.plain:.4f} against {one.base:.4f}, {one.times:.1f} standard errors of {one.error:.4f}",
+                hint="give it more evaluation examples, or a task that the fine-tune has learnt",
+            )
+
+
+def curve(rows: Sequence[Row], reference: Reference, side: Side) -> list[tuple[float, float]]:
+    """What a thief gets for what he spends: (forward passes, mean G over the floors), test examples.
+
+    At each cost the union of all attacks that cost no more, as `judge` chooses.
+    """
+    levels = max(LEVELS)
+    prices = sorted({row.cost.forwards for row in rows if row.points and row.side in (side, "without")})
+    found: list[tuple[float, float]] = []
+    for price in prices:
+        within = [row for row in rows if row.cost.forwards <= price]
+        pools = {one: _pool(within, reference, levels, one) for one in (side, "without")}
+        total = 0.0
+        for floor in FLOORS:
+            got = _choose([*pools[side], *pools["without"]], reference, floor).value
+            total += got - _choose(pools["without"], reference, floor).value
+        if not found or total / len(FLOORS) != found[-1][1]:
+            found.append((price, total / len(FLOORS)))
+    return found
