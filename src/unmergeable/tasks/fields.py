@@ -1,26 +1,50 @@
 """The fields of every kind of task, as a configuration has them. Unknown fields are errors.
 
 Paths are relative to the folder that the configuration lies in. `train:` names examples that a thief with data
-may use (and an owner who hardens): other ones than those that models are scored on, in the same form; what it
-leaves out is as in the task itself.
+may use (and an owner who hardens): other ones than those that models are scored on, in the same form; names of
+arrays, fields and columns that it leaves out are the task's own. `parse_fields` reads them and tells all errors.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
-Numbers = float | list[float]
+from .parsing import parse_fields
+
+__all__ = [
+    "Fields",
+    "Function",
+    "Harness",
+    "ImageClassification",
+    "Images",
+    "LanguageModelling",
+    "Sequences",
+    "Source",
+    "TaskFields",
+    "TextClassification",
+    "Texts",
+    "parse_fields",
+]
+
+_FUNCTION = r"^[^:]+:[A-Za-z_]\w*$"
+Numbers = FiniteFloat | list[FiniteFloat]
 
 
 class Fields(BaseModel):
-    """Strict and frozen: a misspelt field is an error, not a default."""
+    """Frozen, and a misspelt field is an error, not a default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(Fields):
+class Exact(Fields):
+    """Values are what they are: neither "8" nor true is a number."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Source(Exact):
     """Where examples come from.
 
     data: a file or folder. split: of a `datasets` dictionary. limit: only the first so many examples.
@@ -41,7 +65,8 @@ class Images(Source):
 class ImageClassification(Images):
     """Images with a class each: a folder with a folder a class, an .npz, or a data set saved by `datasets`.
 
-    mean, std, size: how pixels in 0 … 1 become inputs, where the model has no preprocessor_config.json.
+    mean, std, size: how pixels in 0 … 1 become inputs, where the model has no preprocessor_config.json: scaled to
+    size × size, less the mean, over the standard deviation, one number or one a channel.
     classes: names of the folders or of a data set's classes in the order of the model's outputs, where they
     are not the model's own label2id.
     """
@@ -95,28 +120,30 @@ class TextClassification(Sequences):
     train: Sequences | None = None
 
 
-class Harness(Fields):
+class Harness(Exact):
     """A task of lm-evaluation-harness: `task` as it names it, `metric` one of its per-example metrics.
 
-    include: a folder of further task definitions. fewshot: as its num_fewshot. limit: examples at most.
+    metric: "name", or "name,filter" where the task filters answers in several ways.
+    include: a folder of further task definitions; functions that they name are run. fewshot: as its num_fewshot,
+    the task's own if not given. limit: examples at most.
     """
 
     kind: Literal["lm-eval"]
     task: str
     metric: str = "acc"
     include: str | None = None
-    fewshot: Annotated[int, Field(ge=0)] = 0
+    fewshot: Annotated[int, Field(ge=0)] | None = None
     limit: PositiveInt | None = None
     batch: PositiveInt = 8
 
 
-class Function(Fields):
-    """`function`: "module:name" or "file.py:name", called as name(model, indices): a score for each, higher is
-    better. examples: how many there are. options: further keyword arguments.
+class Function(Exact):
+    """`function`: "module:name" or "file.py:name", called as name(model, indices, **options): a score for each
+    index, higher is better; the file is run. examples: how many there are. metric: what its scores are called.
     """
 
     kind: Literal["python"]
-    function: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")]
+    function: Annotated[str, Field(pattern=_FUNCTION, examples=["module:name", "file.py:name"])]
     examples: Annotated[int, Field(ge=2)]
     metric: str = "score"
     options: dict[str, str | int | float | bool] = {}

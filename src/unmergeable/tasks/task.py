@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, RunError, UnmergeableError, UsageError
 
 Floats = NDArray[np.float64]
 # A module, or `functional_call` of one: the model's keyword inputs -> its output, with `.logits`.
@@ -100,6 +100,19 @@ class Task(ABC):
         """
 
 
+def finite(scores: Floats, name: str) -> Floats:
+    """Scores of a task, if all of them are numbers.
+
+    Raises:
+        InputError: some are infinite or none.
+    """
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        got = f"{len(bad)} of {len(scores)} that are not, the first is {scores[bad[0]]}"
+        raise InputError("scores are not finite", where=name, expected="finite numbers", got=got)
+    return scores
+
+
 @dataclass(frozen=True)
 class TensorTask(Task):
     """A task whose examples are tensors: it can be scored, and trained on.
@@ -111,6 +124,7 @@ class TensorTask(Task):
         batch: examples at a time when scoring.
         augment: a random change of a batch of inputs that keeps its labels, for training; None if none is known.
         classes: how many, of a classification.
+        constants: further keyword arguments of every call, the same for all examples.
     """
 
     name: str
@@ -123,6 +137,7 @@ class TensorTask(Task):
     screen: int = 128
     augment: Callable[[Examples, torch.Generator], Examples] | None = None
     classes: int | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
     digest: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -137,7 +152,7 @@ class TensorTask(Task):
 
     def logits(self, call: Call, batch: Examples) -> torch.Tensor:
         """What a model answers, (n, [positions,] classes), aligned with the labels."""
-        logits: torch.Tensor = call(**batch.inputs).logits
+        logits: torch.Tensor = call(**batch.inputs, **self.constants).logits
         return logits[:, :-1] if self.next_token else logits
 
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
@@ -153,11 +168,16 @@ class TensorTask(Task):
         with torch.inference_mode():
             for batch in self.evaluation[index].batches(self.batch):
                 placed = batch.to(device)
-                found.append(self._scores(self.logits(module, placed), placed.labels).cpu().double().numpy())
+                try:
+                    logits = self.logits(module, placed)
+                except UnmergeableError:
+                    raise
+                except Exception as error:  # a model may fail in any way
+                    got = f"{type(error).__name__}: {str(error)[:200]}"
+                    raise RunError("the model fails on the task", where=self.name, got=got) from error
+                found.append(self._scores(logits, placed.labels).cpu().double().numpy())
         scores = np.concatenate(found) if found else np.empty(0)
-        if not np.isfinite(scores).all():
-            raise InputError("scores are not finite", where=self.name, got=f"{np.isnan(scores).sum()} NaN")
-        return scores
+        return finite(scores, self.name)
 
     def _scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Per example: the mean over its labels of what is right, or of minus the loss."""
