@@ -121,7 +121,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_the_estimate(monkeypatch:
     base, models = triple()
     numbers = sum(tensor.numel() for tensor in base.values())
     assert Mixer.estimate(base, models) == 4 * 4 * numbers
-    monkeypatch.setattr("unmergeable.merging.grids._free", lambda device: 1000)
+    monkeypatch.setattr("unmergeable.merging.grids.free_memory", lambda device: 1000)
     with pytest.raises(
         RunError, match=f"not enough memory to merge, expected {16 * numbers} bytes, got 1000"
     ):

@@ -74,7 +74,7 @@ class Mixer:
         self.parts = split(base, models)
         self.device = torch.device(device)
         self.models = tuple(models)
-        needed, free = self.estimate(base, models), _free(self.device)
+        needed, free = self.estimate(base, models), free_memory(self.device)
         if needed > free:
             got, hint = f"{free} bytes", "merge fewer models at a time, or on another device"
             raise RunError(
@@ -164,7 +164,7 @@ class Mixer:
         return self.mix(lambda name: whole if name in names else others)
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from ..checkpoint import (
     BITS,
     MANIFEST,
+    SIDECAR,
     Checkpoint,
     ShardWriter,
     StagedFile,
@@ -24,9 +25,9 @@ from ..checkpoint import (
     open_checkpoint,
 )
 from ..checkpoint.problems import Problems
-from ..errors import InputError, UsageError
+from ..errors import ClaimError, InputError, UsageError
 from . import MergeResult, merge
-from .check import Facts
+from .check import BASE, Facts
 from .kit import TABLE
 from .tensors import distance, load_state, rename_like
 from .vectors import is_adapter, load_model
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+Progress = Callable[[int, int, str], None]
 # Further than this from its base is no fine-tune of it, or one that is locked.
 FAR = 0.7
 
@@ -72,7 +74,7 @@ class MergeReport:
             "models": list(self.models),
             "base": self.base,
             "method": self.method,
-            "options": dict(self.options),
+            "options": _plain(self.options),
             "seed": self.seed,
             "dst": self.dst,
             "template": self.template,
@@ -91,6 +93,8 @@ def merge_checkpoints(
     seed: int = 0,
     *,
     template: str | os.PathLike[str] | None = None,
+    must_mix: bool = False,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Merge checkpoints (or LoRA adapters of the base) into a checkpoint that stock loaders open.
 
@@ -104,37 +108,58 @@ def merge_checkpoints(
         seed: of methods that draw.
         template: the model whose configuration, dtypes and private tensors (head) the result gets: one of
             the models, or the base, which it is by default.
+        must_mix: refuse a result that is not a merge of the models; it is only noted otherwise.
+        progress: called with steps done, steps in all, and a label: models read, the merge, the file.
 
     Raises:
         UsageError: no such method or option, a template that is none of them, a method that needs a base.
         InputError: models that do not fit together, a destination that exists.
+        ClaimError: with `must_mix`, what is wrong with the result.
         RunError: the disk is full or fails. Nothing is left at DST in any of these cases.
     """
     if not models:
         raise UsageError("nothing to merge", hint="name at least one model")
-    names = _names(models)
+    names = model_names(models)
     known = TABLE.get(method.removeprefix("mergekit:"))
     if base is None and (known is None or known.base not in ("none", "pair", "optional")):
         raise UsageError(f"{method} needs the base that the models were fine-tuned from", hint="give --base")
+    if base is None and (adapters := [path for path in models if is_adapter(path)]):
+        raise InputError("an adapter needs its base", where=adapters[0], hint="give --base")
     like = Path(template if template is not None else base if base is not None else models[0])
-    if is_adapter(like):
-        if base is None:
-            raise InputError("an adapter needs its base", where=like, hint="give --base")
+    if is_adapter(like) and base is not None:
         like = Path(base)
     with open_checkpoint(like) as checkpoint:
         check_destination(checkpoint.root, dst, checkpoint.nbytes)
+    chosen = next((name for name, path in names.items() if _same(path, like)), None)
+    if chosen is None and not (base is not None and _same(base, like)):
+        expected = ", ".join(map(str, [*models, *([] if base is None else [base])]))
+        raise UsageError("the template is none of the models", where=like, expected=expected)
+    tell, steps = progress or (lambda done, total, label: None), len(names) + 2
+    tell(0, steps, str(base if base is not None else models[0]))
     origin = load_state(base if base is not None else models[0])
-    states = {name: load_model(path, origin) for name, path in names.items()}
+    states: dict[str, State] = {}
+    for name, path in names.items():
+        tell(len(states), steps, str(path))
+        states[name] = load_model(path, origin)
     settings = dict(options or {})
     if base is None and known is not None and known.base == "optional":
         settings.setdefault("with_base", False)
+    tell(steps - 2, steps, method)
     result = merge(method, origin, states, seed=seed, **settings)
+    if base is None:
+        result = replace(result, facts=_from_first(result.facts, next(iter(names))))
+    if must_mix and not result.facts.is_mix:
+        raise ClaimError(
+            "the result is not a merge of the models",
+            where=method,
+            got="; ".join(_problems(result.facts, base is None)),
+            hint="nothing was written; --force writes it as it is",
+        )
     distances = {} if base is None else {name: distance(origin, state) for name, state in states.items()}
-    chosen = next((name for name, path in names.items() if _same(path, like)), None)
-    if chosen is None and not (base is not None and _same(base, like)):
-        raise UsageError("the template is none of the models", where=like, expected=", ".join(names))
     merged = dict(result.tensors) if chosen is None else result.for_task(chosen)
+    tell(steps - 1, steps, str(dst))
     write_merged(dst, merged, like)
+    tell(steps, steps, str(dst))
     return MergeReport(
         models=tuple(str(path) for path in models),
         base=None if base is None else str(base),
@@ -145,7 +170,7 @@ def merge_checkpoints(
         template=str(like),
         distances=distances,
         facts=result.facts,
-        notes=_notes(result, distances, chosen),
+        notes=_notes(result, names, distances, chosen),
     )
 
 
@@ -224,7 +249,7 @@ def _fitted(tensors: State, like: Checkpoint) -> State:
     return found
 
 
-def _names(models: Sequence[str | os.PathLike[str]]) -> dict[str, str | os.PathLike[str]]:
+def model_names(models: Sequence[str | os.PathLike[str]]) -> dict[str, str | os.PathLike[str]]:
     """Models by the last part of their paths; a second one of a name gets its number."""
     names: dict[str, str | os.PathLike[str]] = {}
     for path in models:
@@ -237,20 +262,62 @@ def _names(models: Sequence[str | os.PathLike[str]]) -> dict[str, str | os.PathL
 
 
 def _same(one: str | os.PathLike[str], two: str | os.PathLike[str]) -> bool:
-    return os.path.samefile(one, two)
+    return os.path.exists(one) and os.path.samefile(one, two)
 
 
-def _notes(result: MergeResult, distances: Mapping[str, float], chosen: str | None) -> tuple[str, ...]:
-    notes = [f"not a merge: {problem}" for problem in result.facts.problems]
-    if result.facts.near_base:
-        notes.append(
-            f"the merge is near the base: it moved {result.facts.moved:.2f} of a task vector's length"
-        )
-    notes += [f"{name} takes no part in the merge" for name in result.facts.left_out]
+def _from_first(facts: Facts, first: str) -> Facts:
+    """The facts of a merge without a base, for which the first model stood in.
+
+    Its difference to itself is zero: its share is what the others leave of one, and it is no part of the mean
+    distance that `moved` is measured in.
+    """
+    rest = sum(share for name, share in facts.shares.items() if name != first)
+    stands = {} if BASE in facts.shares else {BASE: first}
+    copies = {stands.get(name, name): found for name, found in facts.copies.items()}
+    moved = facts.moved * (1 - 1 / len(facts.shares))
+    return replace(facts, shares={**facts.shares, first: 1 - rest}, copies=copies, moved=moved)
+
+
+def _problems(facts: Facts, baseless: bool) -> list[str]:
+    return ["the models do not differ"] if baseless and not facts.tensors else facts.problems
+
+
+def _notes(
+    result: MergeResult,
+    names: Mapping[str, str | os.PathLike[str]],
+    distances: Mapping[str, float],
+    chosen: str | None,
+) -> tuple[str, ...]:
+    facts = result.facts
+    notes = [f"not a merge: {problem}" for problem in _problems(facts, not distances)]
+    if facts.near_base and facts.tensors:
+        origin = "the base" if distances else "the first model"
+        notes.append(f"the merge is near {origin}: it moved {facts.moved:.2f} of the mean distance from it")
+    notes += [f"{name} takes no part in the merge" for name in facts.left_out if facts.tensors]
+    locked = {name for name, path in names.items() if _locked(Path(path))}
+    for name in names:
+        if name in locked:
+            notes.append(
+                f"{name} is locked and was merged as it is: with its key, `merge -k` undoes the lock first"
+            )
     for name, far in distances.items():
-        if far > FAR:
+        if far > FAR and name not in locked:
             notes.append(f"{name} is {far:.2f} of the base's norm away from it: locked, or not its fine-tune")
     for name, private in result.private.items():
         if private and name != chosen:
             notes.append(f"{len(private)} tensors are private to {name} and were left out")
     return tuple(notes)
+
+
+def _locked(path: Path) -> bool:
+    """Whether the manifest of a lock lies beside a model."""
+    return (path / MANIFEST if path.is_dir() else path.with_name(path.name + SIDECAR)).exists()
+
+
+def _plain(value: object) -> Any:
+    """An option as JSON: what is no number, word or list of them is named by its type."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, str | int | float) else type(value).__name__
