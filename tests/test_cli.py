@@ -78,11 +78,17 @@ def test_json_documents_are_versioned(session: Path, capsys: pytest.CaptureFixtu
         ["verify", "model", "locked", "-k", "owner.key", "--spec", "spec.json"],
         ["unlock", "locked", "back", "-k", "owner.key"],
         ["card", "locked"],
+        ["merge", "locked", "locked", "-o", "house", "-k", "owner.key"],
+        ["merge", "model", "locked", "-o", "plain", "-m", "ties", "--base", "model"],
+        ["merge", "--methods"],
+        ["merge", "--methods", "-m", "ties"],
+        ["attack", "align-permutation", "locked", "aligned", "--base", "model", "--spec", "spec.json"],
         ["inspect", "nowhere"],
     ):
-        cli.main([*arguments, "--json"])
+        assert cli.main([*arguments, "--json"]) == (3 if "nowhere" in arguments else 0)
         document = json.loads(capsys.readouterr().out)
-        verb = "error" if arguments[1] == "nowhere" else arguments[0]
+        verb = "error" if "nowhere" in arguments else arguments[0]
+        verb += "-plain" if "plain" in arguments else "-methods" if "--methods" in arguments else ""
         assert (document["document"], document["version"]) == (f"unmergeable.{verb}", 1)
 
 
@@ -162,6 +168,18 @@ def test_a_reader_that_leaves_is_no_error(session: Path) -> None:
         (["lock", "--method", "g"], {"gauge"}),
         (["completion", ""], {"bash", "zsh", "fish"}),
         (["inspect", "mod"], {"model"}),
+        (["merge", "-m", "dell"], {"della", "della_linear"}),
+        (["merge", "-m", "mergekit:dell"], {"mergekit:della", "mergekit:della_linear"}),
+        (["merge", "-m", "mergekit", ":", "tie"], {"ties"}),  # as readline breaks it at the colon
+        (
+            ["merge", "--method", "mergekit", ":"],
+            {name.partition(":")[2] for name in _parser.MERGE_METHODS} - {""},
+        ),
+        (["merge", "mod"], {"model"}),
+        (["attack", "align-p"], {"align-permutation", "align-procrustes"}),
+        (["attack", "--seed", "1", "anchor-c"], {"anchor-coupled"}),
+        (["attack", "anchor-coupled", "mod"], {"model"}),
+        (["attack", "anchor-coupled", "--an"], {"--anchor"}),
     ],
 )
 def test_completion_in_bash(session: Path, words: list[str], expected: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The tutorial as its readers do it: every command is typed in and compared, but for the numbers."""
+"""The documents as their readers do them: every command is typed in and compared, but for the numbers."""
 
 from __future__ import annotations
 
@@ -27,25 +27,35 @@ def plain(text: str) -> list[str]:
     return [" ".join(NUMBER.sub("#", line).split()) for line in text.strip().splitlines() if line.strip()]
 
 
-def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore")  # of packages that merge
+@pytest.mark.parametrize(("name", "commands"), [("tutorial", 15), ("merging", 12), ("attacks", 15)])
+def test_commands(name: str, commands: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{COMMAND.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path / ".cache"))
     before = signal.getsignal(signal.SIGTERM)
     count = 0
-    for language, text in blocks((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")):
-        if language == "python":
-            name = re.match(r"# (\w+\.py)\n", text)
-            assert name is not None
-            (tmp_path / name[1]).write_text(text)
+    for language, text in blocks((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")):
+        if language == "python" and (script := re.match(r"# (\w+\.py)\n", text)):
+            (tmp_path / script[1]).write_text(text)
         for step in steps(text) if language == "console" else ():
             assert plain(typed(step.command)) == plain(step.expected), step.command
             count += 1
     signal.signal(signal.SIGTERM, before)
-    assert count >= 15
+    assert count >= commands
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/tutorial.md", "docs/methods.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "docs/index.md",
+        "docs/tutorial.md",
+        "docs/methods.md",
+        "docs/merging.md",
+        "docs/attacks.md",
+    ],
+)
 def test_links_lead_somewhere(name: str) -> None:
     document = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document):

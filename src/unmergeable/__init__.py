@@ -31,7 +31,8 @@ _PUBLIC = {
     "lock_module": "module",
     "verify": "verify",
     "unlock": "unlock",
-    "merge": "authorised",
+    "merge": "merge",
+    "attack": "attacks",
     "demo": "demo",
     "model_card": "modelcard",
     "UnmergeableError": "errors",
@@ -50,6 +51,7 @@ __all__ = [
     "UnmergeableError",
     "UsageError",
     "__version__",
+    "attack",
     "demo",
     "generate_key",
     "inspect",
@@ -63,12 +65,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .authorised import merge
+    from .attacks import attack
     from .demo import demo
     from .errors import ClaimError, InputError, RunError, UnmergeableError, UsageError
     from .inspection import Inspection, inspect
     from .keys import Key, generate_key, load_key
     from .lock import lock
+    from .merge import merge
     from .modelcard import model_card
     from .module import lock_module
     from .unlock import unlock

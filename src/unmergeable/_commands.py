@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import _render as render
+from . import _render_merge as render_merge
 from ._terminal import passphrase, progress
+from .errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from .keys import Key
@@ -134,25 +136,70 @@ def _unlock(args: argparse.Namespace) -> Outcome:
 
 
 def _merge(args: argparse.Namespace) -> Outcome:
-    from .authorised import merge
+    from .merge import merge
+    from .merging.catalogue import describe, options_of
+    from .options import assign
 
-    key = _key(args)
-    with progress("merge", args.quiet) as told:
-        report = merge(
-            args.models,
-            args.output,
-            key=key,
-            method=args.method,
-            weights=args.weights,
-            base=args.base,
-            density=args.density,
-            lock_method=args.lock,
-            scales=args.scales,
-            domain=args.domain,
-            jobs=args.jobs,
-            progress=told,
+    if args.methods:
+        document = describe(args.method)
+        return Outcome(document, render_merge.methods(document))
+    missing = [name for name, value in (("MODEL", args.models), ("-o/--output", args.output)) if not value]
+    if missing:
+        raise UsageError(
+            f"the following arguments are required: {', '.join(missing)}", hint="see unmergeable merge --help"
         )
-    return Outcome(report.as_dict(), render.merged(report), list(report.lock.notes))
+    method = args.method or "linear"
+    given: dict[str, Any] = {
+        "base": args.base,
+        "weights": args.weights,
+        "density": args.density,
+        "template": args.template,
+        "seed": args.seed,
+        "force": args.force or None,
+        "lock_method": args.lock,
+        "scales": args.scales or None,
+        "domain": args.domain,
+        "jobs": args.jobs,
+        "options": args.set,
+    }
+    if args.key is None:
+        if args.passphrase_file is not None:
+            raise UsageError(
+                "--passphrase-file belongs to merging with a key", hint="give -k KEY, or leave it out"
+            )
+        if args.set:
+            given["options"] = assign(method, options_of(method), args.set)
+        with progress("merge", args.quiet, unit="step") as told:
+            plain = merge(args.models, args.output, method=method, progress=told, **given)
+        return Outcome(plain.as_dict(), render_merge.plain(plain), list(plain.notes))
+    with progress("merge", args.quiet) as told:
+        report = merge(args.models, args.output, key=_key(args), method=method, progress=told, **given)
+    return Outcome(report.as_dict(), render_merge.authorised(report), list(report.lock.notes))
+
+
+def _attack(args: argparse.Namespace) -> Outcome:
+    from .attacks import attack, attack_named
+    from .options import assign, declared
+
+    try:
+        options = assign(args.name, declared(attack_named(args.name).run), args.set or ())
+        with progress("attack", args.quiet, unit="step") as told:
+            report = attack(
+                args.name,
+                args.target,
+                args.dst,
+                base=args.base,
+                anchor=args.anchor,
+                seed=args.seed,
+                config=args.config,
+                spec=args.spec,
+                progress=told,
+                **options,
+            )
+    except ImportError as error:
+        hint = "pip install 'unmergeable[attack]'"
+        raise InputError("a package is missing", where=args.name, got=error, hint=hint) from error
+    return Outcome(report.as_dict(), render_merge.attacked(report))
 
 
 def _demo(args: argparse.Namespace) -> Outcome:
@@ -189,6 +236,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "verify": _verify,
     "unlock": _unlock,
     "merge": _merge,
+    "attack": _attack,
     "card": _card,
     "demo": _demo,
     "completion": _completion,

@@ -24,7 +24,7 @@ class _Verb:
     name: str
     help: str
     options: tuple[_Option, ...]
-    values: tuple[str, ...]  # of its positional arguments, where these are a fixed list
+    values: tuple[str, ...]  # of its first argument, where these are a fixed list; all others are files
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
@@ -54,7 +54,14 @@ def _verb(name: str, text: str, parser: argparse.ArgumentParser) -> _Verb:
 
 def _bash(prog: str, verbs: list[_Verb]) -> str:
     def words(items: tuple[str, ...] | list[str]) -> str:
-        return f"""COMPREPLY=($(compgen -W '{" ".join(items)}' -- "$cur")); return"""
+        # What stands before a colon is on the line already, and readline adds the rest.
+        found = f"""COMPREPLY=($(compgen -W '{" ".join(items)}' -- "$cur"))"""
+        return f"""{found}; COMPREPLY=("${{COMPREPLY[@]#"$colon"}}"); return"""
+
+    def first(verb: _Verb) -> str:
+        """The first positional argument, as long as none of its values stands on the line."""
+        given = "|".join(f'*" {value} "*' for value in verb.values)
+        return f"""case "$given" in {given}) ;; *) {words(verb.values)} ;; esac"""
 
     of_options = [
         f"    '{verb.name} {flag}') {words(option.values)} ;;"
@@ -67,12 +74,18 @@ def _bash(prog: str, verbs: list[_Verb]) -> str:
         f"    '{verb.name} -'*) {words([f for option in verb.options for f in option.flags])} ;;"
         for verb in verbs
     ]
-    of_values = [f"    '{verb.name} '*) {words(verb.values)} ;;" for verb in verbs if verb.values]
+    of_values = [f"    '{verb.name} '*) {first(verb)} ;;" for verb in verbs if verb.values]
     return "\n".join(
         [
             f"_{prog}() {{",
             '  local verb="${COMP_WORDS[1]}"',
-            '  local prev="${COMP_WORDS[COMP_CWORD-1]}" cur="${COMP_WORDS[COMP_CWORD]}"',
+            '  local at=$COMP_CWORD colon="" cur="${COMP_WORDS[COMP_CWORD]}"',
+            # readline breaks words at colons, and some methods have one in their names
+            '  if [ "$cur" = : ]; then cur=""; at=$((at+1)); fi',
+            '  if [ "$at" -gt 2 ] && [ "${COMP_WORDS[at-1]}" = : ]; then',
+            '    colon="${COMP_WORDS[at-2]}:"; cur="$colon$cur"; at=$((at-2))',
+            "  fi",
+            '  local prev="${COMP_WORDS[at-1]}" given=" ${COMP_WORDS[*]:2:at-2} "',
             f'  if [ "$COMP_CWORD" = 1 ]; then {words([verb.name for verb in verbs])}; fi',
             '  case "$verb $prev" in',
             *of_options,
@@ -82,6 +95,7 @@ def _bash(prog: str, verbs: list[_Verb]) -> str:
             *of_values,
             "  esac",
             '  compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "$cur"))',
+            '  COMPREPLY=("${COMPREPLY[@]#"$colon"}")',
             "}",
             f"complete -F _{prog} {prog}",
             "",
@@ -95,15 +109,17 @@ def _zsh(prog: str, verbs: list[_Verb]) -> str:
         return escaped.replace("'", "'\\''")
 
     def argument(option: _Option, flag: str) -> str:
-        value = f":value:({' '.join(option.values)})" if option.values else ":value:_files"
+        values = " ".join(option.values).replace(":", "\\:")
+        value = f":value:({values})" if values else ":value:_files"
         return f"'{flag}[{quoted(option.help)}]{value if option.valued else ''}'"
 
     named = [f"'{verb.name}:{quoted(verb.help)}'" for verb in verbs]
     cases = []
     for verb in verbs:
         arguments = [argument(option, flag) for option in verb.options for flag in option.flags]
-        rest = f"({' '.join(verb.values)})" if verb.values else "_files"
-        cases.append(f"    {verb.name}) _arguments {' '.join(arguments)} '*:argument:{rest}' ;;")
+        if verb.values:
+            arguments.append(f"'1:argument:({' '.join(verb.values)})'")
+        cases.append(f"    {verb.name}) _arguments {' '.join(arguments)} '*:argument:_files' ;;")
     return "\n".join(
         [
             f"#compdef {prog}",
@@ -134,5 +150,7 @@ def _fish(prog: str, verbs: list[_Verb]) -> str:
             value = f" -x -a '{' '.join(option.values)}'" if option.values else " -r" if option.valued else ""
             lines.append(f"{seen} {names}{value} -d {quoted(option.help)}")
         if verb.values:
-            lines.append(f"{seen} -f -a '{' '.join(verb.values)}'")
+            values = " ".join(verb.values)
+            first = f"__fish_seen_subcommand_from {verb.name}; and not __fish_seen_subcommand_from {values}"
+            lines.append(f"complete -c {prog} -n '{first}' -f -a '{values}'")
     return "\n".join([*lines, ""])

@@ -9,9 +9,28 @@ from . import __version__
 from ._completion import SHELLS
 from .errors import UsageError
 
-# Spelled out here for methods/ and merging/ import numpy and torch; a test compares.
+# Spelled out here, for what they name is imported when it is used; a test compares.
 LOCK_METHODS = ("exact", "gauge", "mergelock", "params")
-MERGE_METHODS = ("linear", "task_arithmetic", "ties")
+_MERGEKIT = (
+    "passthrough", "linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "arcee_fusion", "nearswap",
+    "sce", "ram", "ramplus_tl", "task_arithmetic", "ties", "dare_ties", "dare_linear", "breadcrumbs",
+    "breadcrumbs_ties", "della", "della_linear",
+)  # fmt: skip
+_OWN = (
+    "task_arithmetic", "ties", "full_dose", "iso_c", "tsv_m", "consensus", "tall_mask", "svd_truncated", "top_k",
+    "projected", "regmean", "fisher", "substitute",
+)  # fmt: skip
+MERGE_METHODS = tuple(dict.fromkeys((*_OWN, *_MERGEKIT, *(f"mergekit:{name}" for name in _MERGEKIT))))
+ATTACKS = (
+    "align-permutation",
+    "align-procrustes",
+    "align-canonical",
+    "anchor-independent",
+    "anchor-coupled",
+    "substitute-attention",
+    "substitute-mlp",
+    "substitute-blocks",
+)
 DEFAULT_KEY_FILE = "unmergeable.key"
 
 _EPILOG = """\
@@ -38,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"unmergeable {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for add in (_keygen, _inspect, _lock, _verify, _unlock, _merge, _card, _demo, _completion):
+    for add in (_keygen, _inspect, _lock, _verify, _unlock, _merge, _attack, _card, _demo, _completion):
         add(verbs)
     return parser
 
@@ -190,37 +209,79 @@ def _merge(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser = _verb(
         verbs,
         "merge",
-        "merge models that were locked with one key, and lock the result",
-        "Nothing unlocked is written. Other files and dtypes are the first model's.",
+        "merge models: off the shelf, or with the key that they were locked with",
+        "Without a key: plain checkpoints, and LoRA adapters of the base, by any method. A result that is not a\n"
+        "merge of the models is not written.\n"
+        "With -k KEY: locked models are undone, merged and locked afresh, and nothing unlocked is written; by\n"
+        "linear, task_arithmetic or ties. Other files and dtypes are the first model's.",
     )
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="locked models, two or more")
+    parser.usage = "%(prog)s [options] MODEL... -o DST\n       %(prog)s --methods [-m METHOD] [--json]"
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="folders or .safetensors files")
+    parser.add_argument("-o", "--output", metavar="DST", help="where to write it; must not exist")
     parser.add_argument(
-        "-o", "--output", metavar="DST", required=True, help="where to write it; must not exist"
-    )
-    _key(parser, required=True, text="the key that the models were locked with")
+        "-m", "--method", metavar="METHOD", type=_merge_method, choices=MERGE_METHODS,
+        help="how to merge (linear); --methods lists them",
+    )  # fmt: skip
     parser.add_argument(
-        "-m", "--method", choices=MERGE_METHODS, default="linear", help="how to merge (%(default)s)"
-    )
-    parser.add_argument(
-        "--base", metavar="BASE", help="the model that they were fine-tuned from, locked or not"
+        "--base", metavar="BASE", help="the model that they were fine-tuned from; with a key, locked or not"
     )
     parser.add_argument(
         "-w", "--weight", metavar="W", dest="weights", type=float, action="append",
-        help="of each model in turn; 1 if not given",
+        help="of each model in turn; without a key also one for all",
     )  # fmt: skip
     parser.add_argument(
-        "--density",
-        metavar="D",
-        type=float,
-        default=0.2,
-        help="ties: part of each difference to keep (%(default)s)",
+        "--density", metavar="D", type=float, help="ties and its kin: part of each difference to keep"
     )
     parser.add_argument(
-        "--lock", choices=LOCK_METHODS[:3], default="exact", help="how to lock the result (%(default)s)"
+        "--methods", action="store_true", help="list the methods, or with -m METHOD what one takes, and stop"
     )
-    parser.add_argument("--scales", action="store_true", help="as in lock")
-    parser.add_argument("--domain", metavar="NAME", help="as in lock")
-    _jobs(parser)
+    plain = parser.add_argument_group("without a key")
+    plain.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        help="an option of the method; NAME=MODEL:VALUE,... by model",
+    )
+    plain.add_argument(
+        "--template",
+        metavar="MODEL",
+        help="whose files, dtypes and head the result gets (the base, or the first)",
+    )
+    plain.add_argument("--seed", metavar="N", type=int, help="of methods that draw (0)")
+    plain.add_argument("--force", action="store_true", help="write also what is not a merge of the models")
+    locked = parser.add_argument_group("with a key")
+    locked.add_argument("-k", "--key", metavar="KEY", help="the key that the models were locked with")
+    locked.add_argument(
+        "--passphrase-file", metavar="FILE", help="read the key's passphrase from the first line of a file"
+    )
+    locked.add_argument("--lock", choices=LOCK_METHODS[:3], help="how to lock the result (exact)")
+    locked.add_argument("--scales", action="store_true", help="as in lock")
+    locked.add_argument("--domain", metavar="NAME", help="as in lock")
+    locked.add_argument("-j", "--jobs", metavar="N", type=_positive, help="threads (2)")
+    _quiet(parser)
+    _json(parser)
+
+
+def _attack(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(
+        verbs,
+        "attack",
+        "attack a model as a thief would, and write what he gets",
+        "TARGET is only read. DST has its files and layout, and no manifest. NAME is one of\n  "
+        + "\n  ".join(ATTACKS),
+    )
+    parser.add_argument("name", metavar="NAME", choices=ATTACKS, help="which attack")
+    parser.add_argument("target", metavar="TARGET", help="the protected model")
+    parser.add_argument("dst", metavar="DST", help="where to write it; must not exist")
+    parser.add_argument("--base", metavar="BASE", help="the model that TARGET was fine-tuned from")
+    parser.add_argument(
+        "--anchor",
+        metavar="MODEL",
+        help="another fine-tune of it, in the place of the base where that will do",
+    )
+    parser.add_argument("--set", metavar="NAME=VALUE", action="append", help="an option of the attack")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is random (%(default)s)")
+    _architecture(parser)
     _quiet(parser)
     _json(parser)
 
@@ -260,6 +321,18 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
     return int(text)
+
+
+def _merge_method(text: str) -> str:
+    if text not in MERGE_METHODS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(text, MERGE_METHODS)
+        more = f", did you mean {' or '.join(near)}?" if near else ""
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no merge method (`unmergeable merge --methods` lists them){more}"
+        )
+    return text
 
 
 def _rate(text: str) -> float:

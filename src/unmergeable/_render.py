@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .authorised import MergeReport
     from .certificate import Certificate
     from .demo import DemoResult, Locked, Merge
     from .inspection import ComponentReport, Inspection, LockedReport
@@ -160,19 +159,6 @@ def locked(report: LockReport) -> str:
     sites = table(("site", "group", "acted on", "moved"), rows, numbers=(2, 3))
     left = [f"  {site}: {reason}" for _, site, reason in report.refused]
     return "\n".join([head, "", sites, *(["", "left alone:", *left] if left else [])])
-
-
-def merged(report: MergeReport) -> str:
-    """The text of `unmergeable merge`."""
-    inputs = [f"{weight:g} x {model}" for weight, model in zip(report.weights, report.models, strict=True)]
-    head = fields(
-        [
-            ("merged", " + ".join(inputs)),
-            ("by", report.method + "".join(f", {name} {value:g}" for name, value in report.options.items())),
-            ("base", report.base),
-        ]
-    )
-    return f"{head}\n\n{locked(report.lock)}"
 
 
 def _rounding(rounding: Mapping[str, Any]) -> str | None:

@@ -176,7 +176,10 @@ class AttackReport:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, for `--json`."""
-        return asdict(self) | {
+        return {
+            "document": "unmergeable.attack",
+            "version": 1,
+            **asdict(self),
             "needs": list(self.needs),
             "budget": dict(self.budget),
             "facts": dict(self.facts),
