@@ -1,6 +1,7 @@
 # make demo      lock, verify, merge and unlock the embedded models; a picture and demo.json in demo/
 # make test      style, types and all tests but the slow ones: what CI runs
-# make test-all  the slow ones too: real models from packages, every architecture, the kill tests
+# make test-all  the slow ones too: real models from packages, every architecture, the kill tests, and the
+#                report in a real browser (Chromium, which the system must have)
 # make lint      style and types alone
 # make bench     speed and memory beside a plain copy, on a 1.7 GB checkpoint that it makes
 #
@@ -22,9 +23,9 @@ demo: $(STAMP)
 	$(BIN)/unmergeable demo -o demo
 
 test: lint
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not browser"
 
-test-all: lint
+test-all: lint $(VENV)/.browser
 	$(BIN)/pytest -n 2
 
 lint: $(STAMP)
@@ -46,6 +47,11 @@ else
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --editable ".[all,dev]"
 endif
+	touch $@
+
+$(VENV)/.browser: $(STAMP)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --editable ".[browser]"
 	touch $@
 
 clean:

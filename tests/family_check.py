@@ -54,7 +54,9 @@ def _strip(folder: Path, prefix: str) -> None:
 
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
-        save_file({name.removeprefix(prefix): t for name, t in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name.removeprefix(prefix): t for name, t in tensors.items()}, path, metadata={"format": "pt"}
+        )
     index = folder / "model.safetensors.index.json"
     data = json.loads(index.read_text())
     data["weight_map"] = {name.removeprefix(prefix): file for name, file in data["weight_map"].items()}

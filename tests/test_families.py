@@ -75,7 +75,12 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("Dinov2Model", "dinov2", {}, "disk"),
     ("Dinov2ForImageClassification", "dinov2", {"use_swiglu_ffn": True}, "disk"),
     ("WhisperForConditionalGeneration", "whisper", {}, "disk"),
-    ("DeepseekV3ForCausalLM", "deepseek_v3", {**DEEPSEEK, "n_group": 1, "topk_group": 1, "q_lora_rank": None}, "disk"),
+    (
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        {**DEEPSEEK, "n_group": 1, "topk_group": 1, "q_lora_rank": None},
+        "disk",
+    ),
     ("DeepseekV3ForCausalLM", "deepseek_v3", {**DEEPSEEK, "n_group": 8, "topk_group": 4}, "memory"),
     ("GptOssForCausalLM", "gpt_oss", {}, "disk"),
 ]

@@ -134,14 +134,28 @@ def verdict(level: Level, rows: Sequence[Mapping[str, Any]]) -> str:
     who = f"Level {level.level} ({LEVELS[level.level]})"
     if level.reason is not None:
         return f"{who}: not judged. {level.reason[:1].upper()}{level.reason[1:]}."
-    best = max(level.floors, key=lambda floor: floor.gain("protected"))
-    chosen = best.chosen["protected"]
-    how = "" if chosen.row is None else f" Best: {rows[chosen.row]['attack']}"
-    if how:
-        how += f", {chosen.value:.0%} of the task with {chosen.own:.0%} of his own."
-    low, high = level.interval
-    share = "nothing" if level.recovered <= 0 else f"{level.recovered:.0%}"
+    # What he gets by leaving the protected model alone says nothing about it.
+    with_it = [
+        floor.chosen["protected"]
+        for floor in sorted(level.floors, key=lambda floor: -floor.gain("protected"))
+        if floor.chosen["protected"].row not in (None, floor.chosen["without"].row)
+    ]
+    how = ""
+    if level.recovered > 0 and with_it:
+        best = with_it[0]
+        assert best.row is not None
+        how = (
+            f" Best: {rows[best.row]['attack']}, {percent(best.value)} of the task "
+            f"with {percent(best.own)} of his own."
+        )
+    share = "nothing" if level.recovered <= 0 else percent(level.recovered)
+    low, high = (percent(limit) for limit in level.interval)
     return (
         f"{who}: a thief gets {share} of what the unprotected model would give him "
-        f"(95 % interval {low:.0%} to {high:.0%}).{how}"
+        f"(95 % interval {low} to {high}).{how}"
     )
+
+
+def percent(value: float) -> str:
+    """A share for people: whole per cent, and no minus before a zero."""
+    return f"{round(100 * value) + 0} %"

@@ -7,6 +7,9 @@ examples. G(q) is that value less what a thief gets at the same level without th
 
     recovered = Σ_q G(q) with the protected model / Σ_q G(q) with the unprotected one.
 
+A merge that gives the thief nothing which the protected model by itself does not give is no theft by merging: a
+floor is at least MARGIN above the fine-tune's own value of the thief's tasks.
+
 Intervals are percentiles of a paired bootstrap: test examples are drawn anew, the same ones for all models, and
 choices stay as they are.
 """
@@ -26,6 +29,7 @@ from .rows import LEVELS, SIDES, Floats, Point, Row, Scores, Side
 FLOORS = (0.0, 0.25, 0.5, 0.75)
 RESAMPLES = 2000
 COVERAGE = 0.95
+MARGIN = 0.2  # of his own tasks, that a merge must give a thief beyond the unmerged fine-tune
 SEPARATION = 5.0  # standard errors by which a fine-tune must beat its base for a task to count
 LEAST = 0.05  # Σ G of the unprotected model below which there is nothing that could be recovered
 
@@ -36,13 +40,21 @@ class Reference:
 
     Attributes:
         protected: the protected task. own: the thief's.
-        base, plain: scores by half ("validation", "test") and task.
+        base, plain: scores by half ("screen", "validation", "test") and task.
+        alone: the least value of the thief's tasks that the unprotected fine-tune has by itself, on validation
+            examples.
     """
 
     protected: str
     own: tuple[str, ...]
     base: Mapping[str, Scores]
     plain: Mapping[str, Scores]
+    alone: float = -np.inf
+
+    @property
+    def floors(self) -> tuple[float, ...]:
+        """What a merge must give the thief of his own tasks, for each of FLOORS."""
+        return tuple(max(floor, self.alone + MARGIN) for floor in FLOORS)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -104,8 +116,12 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Floor:
-    """What each thief gets who insists on a floor for his own tasks; values on test examples."""
+    """What each thief gets who insists on a floor for his own tasks; values on test examples.
 
+    asked: one of FLOORS. floor: what was insisted on.
+    """
+
+    asked: float
     floor: float
     chosen: Mapping[Side, Chosen]
 
@@ -153,6 +169,7 @@ class Level:
             "gains": {side: number(gain) for side, gain in self.gains.items()},
             "floors": [
                 {
+                    "asked": floor.asked,
                     "floor": floor.floor,
                     **{side: floor.chosen[side].as_dict() for side in SIDES},
                     "gain": {side: number(floor.gain(side)) for side in ("protected", "plain")},
@@ -192,7 +209,8 @@ def judge(
     for side in ("protected", "plain"):
         pools[side] = [*pools[side], *pools["without"]]
     floors = tuple(
-        Floor(floor, {side: _choose(pools[side], reference, floor) for side in SIDES}) for floor in FLOORS
+        Floor(asked, floor, {side: _choose(pools[side], reference, floor) for side in SIDES})
+        for asked, floor in zip(FLOORS, reference.floors, strict=True)
     )
     joint = {side: _choose(pools[side], reference, None) for side in SIDES}
     gains = {side: sum(floor.gain(side) for floor in floors) for side in ("protected", "plain")}
@@ -301,7 +319,7 @@ def curve(rows: Sequence[Row], reference: Reference, side: Side) -> list[tuple[f
         within = [row for row in rows if row.cost.forwards <= price]
         pools = {one: _pool(within, reference, levels, one) for one in (side, "without")}
         total = 0.0
-        for floor in FLOORS:
+        for floor in reference.floors:
             got = _choose([*pools[side], *pools["without"]], reference, floor).value
             total += got - _choose(pools["without"], reference, floor).value
         if not found or total / len(FLOORS) != found[-1][1]:

@@ -1,0 +1,108 @@
+"""Learnt coefficients: one for every model, block, tensor or row of every task vector, by gradient descent.
+
+With unlabelled inputs the entropy of the answers is lowered (AdaMerging, arXiv 2310.02575), with a few labels
+the loss. Several starts; of every start the step that does best on the examples that merges are chosen on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+
+from ..merging import Merged
+from ..merging.learned import EVERY, RATE, STARTS, STEPS, Learned, learn
+from ..tasks.task import Examples
+from .thief import TRAIN, Look, Subject, Thief, detached
+from .training import batch_size
+
+# Suite v1: unlabelled inputs a task, and labelled examples a class or texts.
+INPUTS, EACH = 512, 16
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """One granularity of coefficients, and what they are learnt from: "entropy" or "labels"."""
+
+    granularity: str
+    objective: str
+    alone: bool = True
+
+    @property
+    def name(self) -> str:
+        """As rows call it."""
+        return f"coefficients-{self.granularity}-{self.objective}"
+
+    @property
+    def about(self) -> str:
+        """One line."""
+        taught = "a few labels" if self.labels else "the entropy of unlabelled inputs"
+        return f"one coefficient a {self.granularity} and model, learnt from {taught}"
+
+    @property
+    def labels(self) -> bool:
+        """Whether labels are used."""
+        return self.objective == "labels"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Keys of `NEEDS`."""
+        return ("base", "experts", "labels" if self.labels else "inputs")
+
+    @property
+    def access(self) -> int:
+        """Level of the suite."""
+        return 3 if self.labels else 2
+
+    def explore(self, thief: Thief, look: Look) -> None:
+        """Learn from every start; what is looked at is the best step of each.
+
+        Raises:
+            InputError: a task without training examples.
+        """
+        for start in STARTS if thief.has else [(other, other) for _, other in STARTS[1:]]:
+            learned = self._learn(thief, start, STEPS, lambda merged: min(look.peek(thief.whole(merged))))
+            merged = thief.whole(learned.merged)
+            look({"start": list(start), "step": learned.step}, merged, kept=detached(merged))
+
+    def make(self, thief: Thief, options: Mapping[str, Any]) -> Subject:
+        """Learn once more, from one start to one step."""
+        calls = count()
+        start, step = tuple(options["start"]), options["step"]
+        return thief.whole(self._learn(thief, start, step, lambda _: float(next(calls))).merged)
+
+    def _learn(
+        self, thief: Thief, start: tuple[float, ...], steps: int, validate: Callable[[Merged], float]
+    ) -> Learned:
+        data = {}
+        for task in thief.tasks:
+            found = (
+                thief.trainable(task).few(EACH, thief.seed) if self.labels else thief.inputs_of(task, INPUTS)
+            )
+            thief.spend(task, found, labels=self.labels)
+            data[task] = list(found.batches(batch_size(found)))
+        learned = learn(
+            thief.base,
+            thief.experts,
+            thief.forward,
+            data,
+            protected=next(iter(thief.experts)),
+            granularity=self.granularity,
+            objective=self.objective,
+            labels=_labels if self.labels else None,
+            starts=[(start[0], start[1])],
+            steps=steps,
+            rate=RATE,
+            every=EVERY,
+            validate=validate,
+            seed=thief.seed,
+        )[0]
+        thief.bill.forwards += TRAIN * learned.forwards
+        return learned
+
+
+def _labels(batch: Examples) -> torch.Tensor:
+    return batch.labels

@@ -1,0 +1,124 @@
+"""Repair: train a merge on a few labelled examples of all tasks; and un-trap: train the protected model first.
+
+Both are done as well by a thief without the protected model, from the merge of his own, or from the base: what
+he gets by labels alone is not the protected model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..merging import Merged
+from .merges import PROBE
+from .thief import Look, Subject, Thief, detached
+from .training import sampler, supervised, train
+
+# Suite v1: labelled examples a class or texts, learning rates, steps, and how often the result is looked at.
+EACH = (4, 16)
+RATES = (1e-4, 3e-4)
+STEPS, EVERY = 60, 20
+# The part of a task vector that an un-trapping begins from.
+DOSES = (0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Fine-tuning of merges, from the best ones that earlier attacks found."""
+
+    each: int
+    alone: bool = True
+    needs: tuple[str, ...] = ("base", "experts", "labels")
+    access: int = 3
+
+    @property
+    def name(self) -> str:
+        """As rows call it."""
+        return f"repair-{self.each}"
+
+    @property
+    def about(self) -> str:
+        """One line."""
+        return f"train the best merges on {self.each} labelled examples a class, or texts, of every task"
+
+    def explore(self, thief: Thief, look: Look) -> None:
+        """From every start, with every learning rate.
+
+        Raises:
+            InputError: a task without training examples.
+        """
+        for number in range(len(thief.starts)):
+            for rate in RATES:
+                options = {"start": number, "rate": rate, "steps": STEPS}
+                for step, merged in self._train(thief, options):
+                    look(options | {"steps": step}, merged, kept=detached(merged))
+
+    def make(self, thief: Thief, options: Mapping[str, Any]) -> Subject:
+        """Train once more, for so many steps of the same schedule."""
+        return next(m for step, m in self._train(thief, options) if step == options["steps"])
+
+    def _train(self, thief: Thief, options: Mapping[str, Any]) -> Any:
+        start = thief.whole(thief.starts[options["start"]][1])
+        generator = torch.Generator().manual_seed(thief.seed)
+        draws = {}
+        for task in thief.tasks:
+            few = thief.trainable(task).few(self.each, thief.seed)
+            thief.spend(task, few, labels=True)
+            draws[task] = sampler(thief, task, few, generator)
+        loss = supervised(thief, draws, start.private)
+        for step, shared in train(start.shared, loss, steps=STEPS, rate=options["rate"], every=EVERY):
+            yield step, Merged(shared, start.private)
+
+
+class Untrap:
+    """Fine-tuning of the protected model, or of the base without it, on labels of its task; merges of that."""
+
+    name = "untrap"
+    about = "train the protected model on a few labels until it merges, then merge"
+    needs = ("base", "experts", "labels")
+    access = 3
+    alone = True
+    each = EACH[-1]
+
+    def explore(self, thief: Thief, look: Look) -> None:
+        """From every part of the task vector, every point of the probe grid.
+
+        Raises:
+            InputError: the task has no training examples.
+        """
+        for dose in DOSES if thief.has else (0.0,):
+            student = self._student(thief, dose)
+            for weight, others in PROBE:
+                options = {"start": dose, "dose": weight, "others": others}
+                look(options, merged_with(thief, student, weight, others))
+
+    def make(self, thief: Thief, options: Mapping[str, Any]) -> Subject:
+        """Train once more, and merge."""
+        student = self._student(thief, options["start"])
+        return merged_with(thief, student, options["dose"], options["others"])
+
+    def _student(self, thief: Thief, dose: float) -> dict[str, torch.Tensor]:
+        task = thief.protected
+        few = thief.trainable(task).few(self.each, thief.seed)
+        thief.spend(task, few, labels=True)
+        generator = torch.Generator().manual_seed(thief.seed)
+        weights = {task: dose} if thief.has else {}
+        start = detached(thief.mixer.mix(weights))
+        loss = supervised(thief, {task: sampler(thief, task, few, generator)}, thief.heads)
+        *_, (_, shared) = train(start.shared, loss, steps=STEPS, rate=RATES[0], every=STEPS)
+        return shared
+
+
+def merged_with(thief: Thief, student: Mapping[str, torch.Tensor], dose: float, others: float) -> Merged:
+    """base + dose · (student − base) + others · every other model's task vector."""
+    own = thief.mixer.mix(dict.fromkeys(thief.others, others))
+    shared = {
+        name: tensor + dose * (student[name].to(tensor) - thief.base[name].to(tensor))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in own.shared.items()
+    }
+    return thief.whole(Merged(shared, own.private))

@@ -1,0 +1,309 @@
+"""The bench: all models of an audit in memory, their tasks with validation and test halves, and how merges score.
+
+Every worker has one of its own. Models are float32, run by their stock classes; what is private to a task (the
+head of a classifier) is taken out of the base, so that nothing merges it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..attacks import attack
+from ..attacks.prepare import COLLUDE, OTHER, preparation
+from ..attacks.thief import Subject, Thief
+from ..attacks.wide import fill
+from ..errors import InputError, RunError
+from ..merging import Merged
+from ..merging.grids import free_memory
+from ..merging.tensors import distance, load_state, rename_like, split
+from ..merging.vectors import is_adapter, load_model
+from ..merging.write import write_merged
+from ..stock import base_prefix, load_module, module_state
+from ..tasks import open_task
+from ..tasks.task import Task
+from .config import RELEASE, Config
+from .rows import Scores, Side
+
+if TYPE_CHECKING:
+    from ..merging import State
+
+HALVES = ("screen", "validation", "test")
+CLASSIFIERS = ("image-classification", "text-classification")
+
+
+class Bench:
+    """Models and tasks, ready to score merges on.
+
+    Args:
+        config: of the audit.
+        work: a folder for prepared models and adapters that were folded into their base.
+
+    Attributes:
+        tasks: by name, the protected one first. index: by half and task, which examples.
+        modules: by task, a module of its class to run states in; several tasks may share one.
+        base: without what is private. models: "protected", "plain" and, by task, the others.
+        heads: by the same names, what is private to each.
+        paths: of all models, as folders that stock classes open.
+
+    Raises:
+        InputError: models or data that cannot be used.
+    """
+
+    def __init__(self, config: Config, work: Path) -> None:
+        self.config, self.work = config, work
+        self.seed = config.fields.seed
+        self.device = pick_device(config.fields.device)
+        self.protected = config.fields.protected.task
+        self.others = tuple(config.fields.others)
+        work.mkdir(parents=True, exist_ok=True)
+        self.paths = {role: self._folder(role, config.path(written)) for role, written in config.models()}
+        self.tasks: dict[str, Task] = {
+            name: open_task(
+                name,
+                config.fields.tasks[name].model_dump(exclude_none=True),
+                folder=config.folder,
+                model=self.paths["plain" if name == self.protected else name],
+            )
+            for name in config.tasks
+        }
+        self.index = {name: halves(len(task), task.screen, self.seed) for name, task in self.tasks.items()}
+        self._load()
+        self._prepared: tuple[tuple[Side, str], dict[str, torch.Tensor]] | None = None
+
+    def _folder(self, role: str, path: Path) -> Path:
+        """A model as a folder that its stock class opens: an adapter is folded into its base."""
+        if not is_adapter(path):
+            return path
+        folded = self.work / "adapters" / role
+        base = self.config.path(self.config.fields.base)
+        if not folded.exists():
+            folded.parent.mkdir(parents=True, exist_ok=True)
+            once(folded, lambda: write_merged(folded, load_model(path, load_state(base)), base))
+        return folded
+
+    def _load(self) -> None:
+        modules = {role: load_module(path, device=self.device) for role, path in self.paths.items()}
+        reference = list(module_state(modules["protected"]))
+        states: dict[str, dict[str, torch.Tensor]] = {
+            role: {n: t.clone() for n, t in rename_like(reference, module_state(module))[0].items()}
+            for role, module in modules.items()
+        }
+        self.modules = self._shared({name: modules[self._role(name)] for name in self.tasks})
+        base = states.pop("base")
+        private = self._private(base, states, modules)
+        self.base = {name: tensor for name, tensor in base.items() if name not in private}
+        self.heads: dict[str, dict[str, torch.Tensor]] = {}
+        self.models: dict[str, dict[str, torch.Tensor]] = {}
+        for role, state in states.items():
+            self.heads[role] = {name: tensor for name, tensor in state.items() if name not in self.base}
+            self.models[role] = state
+        split(self.base, self.models)  # refuses bodies and vocabularies that differ, before any work
+        self.distances = {role: distance(self.base, state) for role, state in self.models.items()}
+        self.parameters = {
+            role: sum(t.numel() for t in state.values()) for role, state in {"base": base, **states}.items()
+        }
+
+    def _role(self, task: str) -> str:
+        return "protected" if task == self.protected else task
+
+    def _shared(self, modules: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+        """One module for all tasks whose models are of one class and shape."""
+        known: dict[Any, torch.nn.Module] = {}
+        found = {}
+        for task, module in modules.items():
+            shapes = tuple((name, tuple(t.shape)) for name, t in module_state(module).items())
+            found[task] = known.setdefault((type(module), shapes), module)
+        return found
+
+    def _private(
+        self, base: State, states: Mapping[str, State], modules: Mapping[str, torch.nn.Module]
+    ) -> set[str]:
+        """Names of the base's tensors that are never merged."""
+        found = {
+            name
+            for state in states.values()
+            for name, tensor in state.items()
+            if name in base and base[name].shape != tensor.shape and not _in_body(name, modules["protected"])
+        }
+        declared = self.config.fields.private
+        if declared != "auto":
+            for beginning in declared:
+                named = {n for state in states.values() for n in state if n.startswith(beginning)}
+                if not named:
+                    raise InputError(
+                        "no tensor begins with this", where=f"{self.config.where}: private", got=beginning
+                    )
+                found |= named
+        elif all(task.kind in CLASSIFIERS for task in self.tasks.values()):
+            found |= {name for name in base if not _in_body(name, modules["protected"])}
+        return found
+
+    # --- scoring ---------------------------------------------------------------------------------------------
+
+    def measure(self, subject: Subject, half: str, only: Sequence[str] | None = None) -> Scores:
+        """Scores of a merge on the examples of a half, by task.
+
+        Raises:
+            InputError: scores that are not finite. RunError: the evaluation fails.
+        """
+        found = {}
+        for name in self.tasks if only is None else only:
+            module = self.modules[name]
+            if isinstance(subject, Merged):
+                fill(module, subject.for_task(name))
+            else:
+                module = subject[name]
+            found[name] = self.tasks[name].score(module, self.index[name][half])
+        return found
+
+    def alone(self, role: str) -> Merged:
+        """A model by itself: its body under the heads of all tasks."""
+        state = self.base if role == "base" else self.models[role]
+        shared = {name: state.get(name, tensor) for name, tensor in self.base.items()}
+        return Merged(shared, self._heads("plain" if role != "protected" else "protected"))
+
+    def _heads(self, side: Side) -> dict[str, Mapping[str, torch.Tensor]]:
+        role = "protected" if side == "protected" else "plain"
+        return {self.protected: self.heads[role], **{task: self.heads[task] for task in self.others}}
+
+    # --- thieves ---------------------------------------------------------------------------------------------
+
+    def thief(
+        self, side: Side, prepared: str | None = None, starts: Sequence[tuple[Mapping[str, Any], Merged]] = ()
+    ) -> Thief:
+        """A thief on a side, who holds the protected model as it is or prepared."""
+        experts: dict[str, State] = {}
+        if side != "without":
+            experts[self.protected] = self.models[side] if prepared is None else self.prepare(side, prepared)
+        experts |= {task: self.models[task] for task in self.others}
+        return Thief(
+            self.base, experts, self.protected, self.tasks, self.modules, self._heads(side), self.seed, starts
+        )
+
+    def prepare(self, side: Side, name: str) -> dict[str, torch.Tensor]:
+        """The protected model of a side after a preparation; the last one is kept.
+
+        Raises:
+            InputError: the preparation does not apply.
+        """
+        if self._prepared is None or self._prepared[0] != (side, name):
+            self._prepared = (side, name), self._prepare(side, name)
+        return self._prepared[1]
+
+    def _prepare(self, side: Side, name: str) -> dict[str, torch.Tensor]:
+        model = self.models[side]
+        if name == COLLUDE:
+            return self._mean([model, *(s for role, s in self.models.items() if role.startswith(RELEASE))])
+        chosen = preparation(name)
+        if chosen.change is not None:
+            return chosen.change(model, self.base, self.seed)
+        anchor = self.paths["base" if chosen.anchor != OTHER else self.others[0]]
+        source = self.paths[side]
+        for number, (step, options) in enumerate(chosen.steps, 1):
+            target = (
+                self.work / "prepared" / side / ("+".join(s for s, _ in chosen.steps[:number]) + f"-{name}")
+            )
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                once(target, _attacking(step, source, target, anchor, self.seed, options))
+            source = target
+        state = module_state(load_module(source, device=self.device))
+        renamed = rename_like(list(self.models[side]), state)[0]
+        return {name: tensor.clone() for name, tensor in renamed.items()}
+
+    def _mean(self, states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.stack([state[name].float() for state in states]).mean(0).to(tensor.dtype)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in states[0].items()
+        }
+
+
+def _attacking(
+    step: str, source: Path, target: Path, anchor: Path, seed: int, options: Mapping[str, Any]
+) -> Any:
+    return lambda: attack(step, source, target, base=anchor, seed=seed, **options)
+
+
+def once(target: Path, make: Any) -> None:
+    """Make a folder that appears whole or not at all, where another worker may be making it too."""
+    try:
+        make()
+    except InputError:
+        if not target.exists():
+            raise
+
+
+def _in_body(name: str, module: torch.nn.Module) -> bool:
+    """Whether a tensor belongs to the body of a class that has a head on it; classes without are all body."""
+    prefix = base_prefix(module)
+    return not prefix or name.startswith(prefix)
+
+
+def halves(count: int, screen: int, seed: int) -> dict[str, list[int]]:
+    """Examples in random order, half of them to choose merges on, the others to report; a few to look at first.
+
+    Raises:
+        InputError: fewer than four examples.
+    """
+    if count < 4:
+        raise InputError("too few examples to choose on some and report on others", expected="4", got=count)
+    order = np.random.default_rng([seed, 0x4A1F]).permutation(count)
+    validation, test = np.sort(order[: count // 2]), np.sort(order[count // 2 :])
+    few = np.sort(order[: min(screen, count // 2)])
+    return {"screen": few.tolist(), "validation": validation.tolist(), "test": test.tolist()}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU where there is one.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).partition("\n")[0]
+        raise InputError("the device cannot be used", where=name, got=said) from None
+
+
+def estimate(config: Config, workers: int) -> tuple[int, int]:
+    """Bytes that the bench of all workers takes, and bytes that there are on the CPU.
+
+    Every worker has all models in float32, a mixer's task vectors of them, the modules that they run in and
+    two merges.
+    """
+    sizes = [_numbers(config.path(written)) for _, written in config.models()]
+    largest = max(sizes)
+    models = 2 * sum(sizes) + largest * (len(config.tasks) + 4)
+    return 4 * models * workers, free_memory(torch.device("cpu"))
+
+
+def _numbers(path: Path) -> int:
+    """Parameters of a checkpoint by the size of its files, if they are float16: an upper bound for float32."""
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    return sum(file.stat().st_size for file in files) // 2
+
+
+def check_memory(config: Config, workers: int) -> None:
+    """Refuse an audit that does not fit.
+
+    Raises:
+        RunError: with the estimate.
+    """
+    needed, free = estimate(config, workers)
+    if needed > free:
+        raise RunError(
+            "not enough memory for this audit",
+            expected=f"{needed / 2**30:.1f} GiB for {workers} workers",
+            got=f"{free / 2**30:.1f} GiB free",
+            hint="give fewer --workers, or audit on a larger machine",
+        )

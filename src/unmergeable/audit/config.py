@@ -1,0 +1,165 @@
+"""The configuration of an audit: one YAML file, read and checked before any work, with every error at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from ..checkpoint.files import open_regular
+from ..checkpoint.problems import Problems
+from ..errors import InputError
+from ..tasks.fields import Fields, Function, TaskFields, parse_fields
+from .rows import LEVELS
+
+ROLES = ("base", "protected", "plain")  # of models; others are called by their task
+RELEASE = "release "  # what further releases of the protected model are called, before their number
+MOST_BYTES = 1 << 20
+
+
+class ProtectedFields(Fields):
+    """The model that is audited.
+
+    model: as it is released, locked or hardened. plain: the same fine-tune without protection; for a hardened
+    one, a control that was trained as long. task: what it is for. releases: further releases of it, which
+    thieves may bring together.
+    """
+
+    model: str
+    plain: str
+    task: str
+    releases: tuple[str, ...] = ()
+
+
+class AuditFields(Fields):
+    """An audit.
+
+    base: the model that all were fine-tuned from. others: the thief's own fine-tunes by their task. private:
+    beginnings of the names of tensors that belong to a task alone and are never merged; `auto`: the heads of
+    classifiers. levels: of access. attacks: only these of the suite. seed: of everything random. device: "cpu",
+    "cuda" or "auto".
+    """
+
+    version: Literal[1]
+    base: str
+    protected: ProtectedFields
+    others: Annotated[dict[str, str], Field(min_length=1)]
+    tasks: dict[str, TaskFields]
+    private: Literal["auto"] | tuple[str, ...] = "auto"
+    levels: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1)
+    attacks: tuple[str, ...] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+
+
+class Config:
+    """A configuration that was read: its fields, and the folder that its paths are relative to."""
+
+    def __init__(self, fields: AuditFields, folder: Path, where: Path) -> None:
+        self.fields, self.folder, self.where = fields, folder, where
+
+    def path(self, written: str) -> Path:
+        """A path as it is written in the file."""
+        return self.folder / os.path.expanduser(written)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All tasks that models are scored on, the protected one first."""
+        return (self.fields.protected.task, *self.fields.others)
+
+    @property
+    def top(self) -> int:
+        """The highest level of access."""
+        return max(self.fields.levels)
+
+    def models(self) -> Iterator[tuple[str, str]]:
+        """What every model is for, and its path as written: "base", "protected", "plain", then the others."""
+        fields = self.fields
+        yield "base", fields.base
+        yield "protected", fields.protected.model
+        yield "plain", fields.protected.plain
+        yield from fields.others.items()
+        for number, release in enumerate(fields.protected.releases, 2):
+            yield f"{RELEASE}{number}", release
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """Read a configuration.
+
+    Raises:
+        InputError: not YAML, or anything in it that cannot be, all at once.
+    """
+    where = Path(path)
+    return make_config(_load(where), where.parent, where)
+
+
+def make_config(data: Any, folder: Path, where: Path) -> Config:
+    """A configuration from what a YAML file holds.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    if not isinstance(data, dict):
+        raise InputError("the configuration is no mapping", where=where, got=type(data).__name__)
+    fields = parse_fields(AuditFields, data, str(where))
+    assert isinstance(fields, AuditFields)
+    config = Config(fields, folder, where)
+    problems = Problems(where)
+    _check_names(config, problems)
+    _check_paths(config, problems)
+    problems.raise_any()
+    return config
+
+
+def _load(where: Path) -> Any:
+    fd = open_regular(where)
+    with os.fdopen(fd, "rb") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise InputError("too large for a configuration", where=where, expected=f"at most {MOST_BYTES} bytes")
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError("the configuration is not YAML", where=where, got=said) from None
+
+
+def _check_names(config: Config, problems: Problems) -> None:
+    fields = config.fields
+    for level in fields.levels:
+        if level not in LEVELS:
+            expected = ", ".join(f"{number} ({text})" for number, text in LEVELS.items())
+            problems.add("no such level of access", where="levels", expected=expected, got=level)
+    wanted = {"protected.task": fields.protected.task, **{f"others.{task}": task for task in fields.others}}
+    for place, task in wanted.items():
+        if task not in fields.tasks:
+            expected = ", ".join(fields.tasks) or "tasks: with an entry for it"
+            problems.add("no such task", where=place, expected=expected, got=task)
+    if fields.protected.task in fields.others:
+        problems.add(
+            "the protected task is also one of the thief's own", where=f"others.{fields.protected.task}"
+        )
+    for task in fields.tasks:
+        if task not in config.tasks:
+            problems.add("a task without a model", where=f"tasks.{task}", hint="give its fine-tune in others")
+
+
+def _check_paths(config: Config, problems: Problems) -> None:
+    for role, written in config.models():
+        if not config.path(written).exists():
+            problems.add("no such model", where=f"{role}: {config.path(written)}")
+    for name, task in config.fields.tasks.items():
+        written_data = getattr(task, "data", None)
+        if written_data is not None and not config.path(written_data).exists():
+            problems.add("no such data", where=f"tasks.{name}.data: {config.path(written_data)}")
+        train = getattr(task, "train", None)
+        if train is not None and not config.path(train.data).exists():
+            problems.add("no such data", where=f"tasks.{name}.train.data: {config.path(train.data)}")
+        if isinstance(task, Function) and ".py:" in task.function:
+            file = config.path(task.function.rpartition(":")[0])
+            if not file.exists():
+                problems.add("no such file", where=f"tasks.{name}.function: {file}")

@@ -1,0 +1,90 @@
+"""Checks that doubt the audit itself: attacks that must work on a known case, levels that stand on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .jobs import PROOF
+from .results import Requirement
+from .rows import Row, Side
+from .scores import Level, Reference
+from .suite import STANDS_ON
+
+# An unprotected merge must reach this worse of both values before a merge method's failure says anything.
+WORKS = 0.1
+
+
+def controlled(rows: list[Row], reference: Reference) -> list[Row]:
+    """Rows with what is known of their attacks: a control that failed, a known case that was not solved."""
+    control: dict[str, float] = {}
+    proofs: dict[str, Row] = {}
+    for row in rows:
+        if row.chain[-1] == PROOF:
+            proofs[row.chain[0]] = row
+        elif row.side == "plain" and row.points:
+            best = max(min(reference.pair("validation", point.validation)) for point in row.points)
+            control[row.chain[-1]] = max(best, control.get(row.chain[-1], -np.inf))
+    needed = min(WORKS, max(control.values(), default=0.0) / 2)
+    checked = []
+    for row in rows:
+        reasons = [row.reason] if row.reason else []
+        if row.state == "done" and row.points and row.side != "without":
+            reached = control.get(row.chain[-1], -np.inf)
+            if reached < needed:
+                got = "nothing" if reached == -np.inf else f"{reached:.2f}"
+                reasons.append(
+                    f"merges of the unprotected model reach {got} of both tasks, where {needed:.2f} shows that "
+                    "the attack works at all"
+                )
+            proof = proofs.get(row.chain[0]) if len(row.chain) > 1 else None
+            if proof is not None and proof.state == "unreliable":
+                reasons.append(f"{row.chain[0]}: {proof.reason}")
+            if reasons:
+                row = replace(row, state="unreliable", reason="; ".join(reasons))
+        checked.append(row)
+    return checked
+
+
+def doubt(rows: Sequence[Row], level: int, part: bool) -> str | None:
+    """Why a level's figures say nothing: an attack that it stands on is missing or unreliable."""
+    for below in range(level + 1):
+        name = STANDS_ON[below]
+        mine = [
+            row for row in rows if name in row.chain and row.side == "protected" and row.chain[-1] != PROOF
+        ]
+        if any(row.state == "done" for row in mine):
+            continue
+        if part and not mine:
+            continue
+        if not mine:
+            return f"{name} was not run, and level {below} stands on it"
+        reason = next((row.reason for row in mine if row.reason), "no reason given")
+        return f"{name} is {mine[0].state}, and level {below} stands on it: {reason}"
+    return None
+
+
+def required(levels: Sequence[Level], level: int, protection: float) -> Requirement:
+    found = next(one for one in levels if one.level == level)
+    lower = None if found.reason is not None else 1.0 - found.interval[1]
+    return Requirement(level, protection, lower)
+
+
+def full_dose_grid(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The full-dose grid on the first look, the worse of both values, with and without protection."""
+    tables: dict[str, list[list[float | None]]] = {}
+    doses: list[float] = []
+    others: list[float] = []
+    sides: tuple[Side, ...] = ("protected", "plain")
+    for side in sides:
+        row = next((row for row in rows if row.chain == ("full_dose",) and row.side == side), None)
+        if row is None or not row.looks:
+            return None
+        doses = doses or sorted({look.options["dose"] for look in row.looks})
+        others = others or sorted({look.options["others"] for look in row.looks})
+        at = {(look.options["dose"], look.options["others"]): look.joint for look in row.looks}
+        tables[side] = [[at.get((dose, other)) for other in others] for dose in doses]
+    return {"attack": "full_dose", "x": "others", "y": "dose", "xs": others, "ys": doses, **tables}

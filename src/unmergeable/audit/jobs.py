@@ -1,0 +1,235 @@
+"""Jobs: which attack runs on which side, in an order in which what is most informative comes first.
+
+Jobs come in waves. A wave may depend on the rows of the waves before it: chains are followed up by beam, from
+the preparations that helped and the merges that did best on the unprotected model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..attacks.blocks import Blocks
+from ..attacks.merges import PROBE_MERGE, Method
+from ..attacks.merges import Coefficients as Grid
+from ..attacks.prepare import COLLUDE, PREPARATIONS
+from ..attacks.repair import Repair
+from .rows import SIDES, Row, Side
+from .scores import Reference
+from .suite import BEAM, CORE, FOLLOW, merge_attack, merge_attacks
+
+PROOF = "proof"
+# What a preparation must add to Σ over the floors of the best value before it is followed up.
+HELPS = 0.02
+
+
+@dataclass(frozen=True)
+class Start:
+    """A merge to begin a repair with: how to make it. `options` is JSON."""
+
+    attack: str
+    prepared: str | None
+    options: str
+
+    @classmethod
+    def of(cls, attack: str, prepared: str | None, options: Mapping[str, Any]) -> Start:
+        """A start that can be compared and hashed."""
+        return cls(attack, prepared, json.dumps(options, sort_keys=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For people and for JSON."""
+        return {"attack": self.attack, "prepared": self.prepared, "options": json.loads(self.options)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to be found: an attack on a side, or the known case of a preparation (attack PROOF)."""
+
+    attack: str
+    side: Side
+    prepared: str | None = None
+    starts: tuple[Start, ...] = ()
+
+    @property
+    def level(self) -> int:
+        """Of access."""
+        own = 1 if self.attack == PROOF else merge_attack(self.attack).access
+        return max(own, 0 if self.prepared is None else 1)
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        chain = self.attack if self.prepared is None else f"{self.prepared} > {self.attack}"
+        return f"{chain}, {self.side}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the key of its row."""
+        return asdict(self)
+
+
+Found = Mapping[Job, Row]
+
+
+class Waves:
+    """The jobs of an audit.
+
+    Args:
+        top: the highest level of access.
+        only: attacks and preparations to run, all if None.
+        releases: whether there are further releases of the protected model.
+        reference: what values are relative to, for choices between waves.
+    """
+
+    def __init__(self, top: int, only: Sequence[str] | None, releases: bool, reference: Reference) -> None:
+        self.top, self.only, self.reference = top, None if only is None else set(only), reference
+        self.preparations = [one.name for one in PREPARATIONS] + ([COLLUDE] if releases else [])
+        self.preparations = [name for name in self.preparations if self._wanted(name)]
+        self.shelf = [a.name for a in merge_attacks().values() if a.access == 0 and a is not PROBE_MERGE]
+        self.shelf = [name for name in self.shelf if self._wanted(name)]
+
+    def _wanted(self, name: str) -> bool:
+        return self.only is None or name in self.only
+
+    def __iter__(self) -> Iterator[Any]:
+        """Waves, each a function of the rows so far that gives jobs."""
+        yield self._core
+        if self.top >= 1:
+            yield self._probes
+            yield self._followed_first
+            yield self._adaptive
+        yield self._shelf
+        if self.top >= 1:
+            yield self._followed
+        if self.top >= 2:
+            yield lambda found: self._taught(found, 2)
+        if self.top >= 3:
+            yield lambda found: self._taught(found, 3)
+            yield self._repairs
+
+    def estimate(self) -> int:
+        """About how many jobs there will be."""
+        known = len(self._core({})) + len(self._shelf({}))
+        if self.top >= 1:
+            follow = BEAM * len(CORE) + (BEAM - 1) * len(CORE) + FOLLOW
+            known += len(self._probes({})) + min(follow, len(self.shelf)) + len(self._adaptive({}))
+        return known + sum(len(self._taught({}, level)) for level in range(2, self.top + 1))
+
+    # --- waves -----------------------------------------------------------------------------------------------
+
+    def _sides(self, name: str) -> tuple[Side, ...]:
+        return SIDES if merge_attack(name).alone else ("protected", "plain")
+
+    def _core(self, found: Found) -> list[Job]:
+        chosen = [name for name in self.shelf if name in CORE]
+        return [Job(name, side) for name in chosen for side in self._sides(name)]
+
+    def _shelf(self, found: Found) -> list[Job]:
+        chosen = [name for name in self.shelf if name not in CORE]
+        return [Job(name, side) for name in chosen for side in self._sides(name)]
+
+    def _probes(self, found: Found) -> list[Job]:
+        if not self.preparations:
+            return []
+        sides: tuple[Side, ...] = ("protected", "plain")
+        jobs = [Job(PROBE_MERGE.name, side) for side in sides]
+        for name in self.preparations:
+            if any(one.name == name and one.solves for one in PREPARATIONS):
+                jobs.append(Job(PROOF, "plain", name))
+            jobs += [Job(PROBE_MERGE.name, side, name) for side in sides]
+        return jobs
+
+    def _followed_first(self, found: Found) -> list[Job]:
+        """The first merges of level 0 again, after each preparation of the beam."""
+        chosen = [name for name in self.shelf if name in CORE]
+        return [
+            Job(name, side, prepared)
+            for side in ("protected", "plain")
+            for prepared in self.beam(found, side)
+            for name in chosen
+        ]
+
+    def _followed(self, found: Found) -> list[Job]:
+        """The merges of level 0 that do best on the unprotected model, after the best preparation."""
+        jobs = []
+        for side in ("protected", "plain"):
+            best = sorted(
+                (name for name in self.shelf if name not in CORE),
+                key=lambda name: -self.worth(found.get(Job(name, "plain"))),
+            )
+            for prepared in self.beam(found, side)[:1]:
+                jobs += [Job(name, side, prepared) for name in best[:FOLLOW]]
+        return jobs
+
+    def _adaptive(self, found: Found) -> list[Job]:
+        """Searches of level 1: on the model as it is, and after the best preparation where that matters."""
+        jobs = []
+        for name in ("substitute-blocks", "wide"):
+            if self._wanted(name):
+                for side in self._sides(name):
+                    # A wide merge is the same under every symmetry: no preparation changes it.
+                    prepared = self.beam(found, side)[:1] if name != "wide" else []
+                    jobs += [Job(name, side, one) for one in (None, *prepared)]
+        return jobs
+
+    def _taught(self, found: Found, level: int) -> list[Job]:
+        """Attacks with data, on the model that merges best so far; distillation sees its answers alone."""
+        jobs = []
+        for name, attack in merge_attacks().items():
+            if attack.access == level and self._wanted(name) and not isinstance(attack, Repair):
+                for side in self._sides(name):
+                    best = self.beam(found, side)[:1] if not name.startswith("distil") else []
+                    jobs.append(Job(name, side, best[0] if best else None))
+        return jobs
+
+    def _repairs(self, found: Found) -> list[Job]:
+        """Repairs of the best merges so far that can be made again at once."""
+        return [
+            Job(name, side, starts=self._starts(found, side))
+            for name, attack in merge_attacks().items()
+            if isinstance(attack, Repair) and self._wanted(name)
+            for side in self._sides(name)
+        ]
+
+    # --- choices ---------------------------------------------------------------------------------------------
+
+    def worth(self, row: Row | None) -> float:
+        """Σ over the floors of the best value of a row on validation examples; nothing counts as 0."""
+        pairs = [] if row is None else [self.reference.pair("validation", p.validation) for p in row.points]
+        return sum(
+            max([0.0, *(value for value, own in pairs if own >= floor)]) for floor in self.reference.floors
+        )
+
+    def beam(self, found: Found, side: Side) -> list[str]:
+        """The preparations that helped on a side, best first."""
+        if side == "without":
+            return []
+        raw = self.worth(found.get(Job(PROBE_MERGE.name, side)))
+        gains = {
+            name: self.worth(found.get(Job(PROBE_MERGE.name, side, name))) - raw for name in self.preparations
+        }
+        helped = [name for name in self.preparations if gains[name] > HELPS]
+        return sorted(helped, key=lambda name: -gains[name])[:BEAM]
+
+    def _starts(self, found: Found, side: Side) -> tuple[Start, ...]:
+        """The best merge, the best with a quarter of the thief's own, and a plain mean of task vectors."""
+        known: list[tuple[float, float, Start]] = []
+        for job, row in found.items():
+            if job.side == side and job.attack != PROOF and _quick(job.attack):
+                for point in row.points:
+                    pair = self.reference.pair("validation", point.validation)
+                    known.append((*pair, Start.of(job.attack, job.prepared, point.options)))
+        starts = [max(known, key=lambda one: min(one[:2]))[2]] if known else []
+        within = [one for one in known if one[1] >= self.reference.floors[1]]
+        if within:
+            starts.append(max(within, key=lambda one: one[0])[2])
+        best = self.beam(found, side)
+        half = {"others": 0.5} if side == "without" else {"dose": 0.5, "others": 0.5}
+        starts.append(Start.of("task_arithmetic", best[0] if best else None, half))
+        return tuple(dict.fromkeys(starts))
+
+
+def _quick(name: str) -> bool:
+    """Whether a merge of this attack can be made again without training."""
+    return isinstance(merge_attack(name), Grid | Method | Blocks)

@@ -1,0 +1,228 @@
+"""An audit from its configuration to its result: what thieves get from a protected model, and at what cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, RunError, UsageError
+from .bench import Bench, check_memory
+from .config import RELEASE, Config, make_config, read_config
+from .control import controlled, doubt, full_dose_grid, required
+from .jobs import Job, Waves
+from .known import Known, prepare
+from .results import AuditResult
+from .rows import Row
+from .scores import (
+    curve,
+    judge,
+)
+from .store import Store, row_key
+from .suite import SUITE, names
+from .work import Pool, one_thread
+
+Progress = Callable[[int, int, str], None]
+
+
+def audit(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    output: str | os.PathLike[str],
+    *,
+    workers: int = 1,
+    budget: float | None = None,
+    require: Mapping[int, float] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Merge and attack a protected model as thieves would, and write report.html and results.json.
+
+    Args:
+        config: a YAML file, or what it holds; paths are relative to its folder, or to the working one.
+        output: the folder for results; what an earlier run found there is used again.
+        workers: processes; figures do not depend on it.
+        budget: minutes; what does not fit is left out, the least informative first, and said.
+        require: by level, the least protection that is asked for.
+        cache: a folder of rows that audits share; `output`/cache if not given.
+        progress: called with rows done, rows in all (about), and what comes next.
+
+    Raises:
+        UsageError: options that make no sense.
+        InputError: a configuration, model or task that cannot be used. Nothing is written then.
+        RunError: not enough memory, or a worker died. Rows found so far are kept.
+    """
+    from .report import render  # before any work: what it needs may not be installed
+
+    started = time.monotonic()
+    _check_usage(workers, budget)
+    chosen = (
+        make_config(dict(config), Path(), Path("config"))
+        if isinstance(config, Mapping)
+        else read_config(config)
+    )
+    _check_names(chosen)
+    for level in require or {}:
+        if level not in chosen.fields.levels:
+            raise UsageError("a level that is not audited", where="require", got=level)
+    check_memory(chosen, workers)
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("the folder cannot be made", where=folder, got=error.strerror) from None
+    store = Store(Path(cache) if cache is not None else folder / "cache")
+    until = None if budget is None else started + 60 * budget
+    with one_thread():
+        bench = Bench(chosen, folder / "work")
+        known = prepare(bench)
+        waves = Waves(
+            chosen.top, chosen.fields.attacks, bool(chosen.fields.protected.releases), known.reference
+        )
+        with Pool(chosen, folder / "work", known.reference, workers, bench) as pool:
+            found, left_out = _run(pool, store, waves, known, until, progress)
+    rows = controlled(list(found.values()), known.reference)
+    result = _result(known, rows, left_out, require or {}, time.monotonic() - started, chosen, folder)
+    document = result.as_dict()
+    _write(folder / "results.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    _write(folder / "report.html", render(document))
+    return result
+
+
+def _check_usage(workers: int, budget: float | None) -> None:
+    if workers < 1:
+        raise UsageError("an audit needs a worker", where="workers", expected="1 or more", got=workers)
+    if budget is not None and not budget > 0:
+        raise UsageError("a budget of no time", where="budget", expected="minutes above 0", got=budget)
+
+
+def _check_names(config: Config) -> None:
+    known = names()
+    unknown = [name for name in config.fields.attacks or () if name not in known]
+    if unknown:
+        raise InputError(
+            "the suite has no such attacks",
+            where=f"{config.where}: attacks",
+            expected=", ".join(known),
+            got=", ".join(unknown),
+        )
+
+
+# --- attacks ------------------------------------------------------------------------------------------------
+
+
+def _run(
+    pool: Pool,
+    store: Store,
+    waves: Waves,
+    known: Known,
+    until: float | None,
+    progress: Progress | None,
+) -> tuple[dict[Job, Row], list[Job]]:
+    """All waves; rows that are known already are not found again."""
+    found: dict[Job, Row] = {}
+    left_out: list[Job] = []
+    total = waves.estimate()
+    for wave in waves:
+        jobs = [job for job in wave(found) if job not in found]
+        keys = {job: row_key(_depends(known, job)) for job in jobs}
+        fresh = []
+        for job in jobs:
+            row = store.get(keys[job])
+            if row is None:
+                fresh.append(job)
+            else:
+                found[job] = row
+        total = max(total, len(found) + len(fresh))
+        for job, row in pool.run(fresh, until):
+            if row is None:
+                left_out.append(job)
+                continue
+            found[job] = row
+            store.put(keys[job], row)
+            if progress is not None:
+                progress(len(found) + len(left_out), total, job.label)
+        # The order of rows is that of jobs, not that in which workers were done.
+        found = {job: found[job] for job in [*(j for j in found if j not in keys), *jobs] if job in found}
+    return found, left_out
+
+
+def _depends(known: Known, job: Job) -> dict[str, Any]:
+    """Everything that a row depends on."""
+    fields = known.config.fields
+    held = {"protected": ["protected"], "plain": ["plain"], "without": []}[job.side]
+    releases = [role for role in known.hashes if role.startswith(RELEASE)]
+    models = ["base", *held, *(releases if job.side == "protected" else []), *fields.others]
+    return {
+        "suite": SUITE,
+        "job": job.as_dict(),
+        "models": [known.hashes[role] for role in models],
+        "plain": known.hashes["plain"],  # values are relative to it
+        "tasks": {name: task["sha256"] for name, task in known.tasks.items()},
+        "private": fields.private,
+        "seed": fields.seed,
+        "device": known.machine["device"],
+    }
+
+
+# --- the result ---------------------------------------------------------------------------------------------
+
+
+def _result(
+    known: Known,
+    rows: list[Row],
+    left_out: Sequence[Job],
+    require: Mapping[int, float],
+    seconds: float,
+    config: Config,
+    folder: Path,
+) -> AuditResult:
+    reference, seed = known.reference, config.fields.seed
+    levels = []
+    for level in sorted(config.fields.levels):
+        judged = judge(rows, reference, level, seed=seed)
+        reason = judged.reason or doubt(rows, level, config.fields.attacks is not None)
+        levels.append(replace(judged, reason=reason))
+    notes = list(known.notes)
+    if config.fields.attacks is not None:
+        notes.append("only a part of the suite was run: the figures are those of the attacks that were named")
+    if left_out:
+        notes.append(f"the budget ended before {len(left_out)} of the rows were found: they are listed")
+    return AuditResult(
+        suite=SUITE,
+        seed=seed,
+        levels=tuple(levels),
+        rows=tuple(rows),
+        reference=reference,
+        config=config.fields.model_dump(mode="json", exclude_none=True),
+        machine=known.machine,
+        models=known.models,
+        tasks=known.tasks,
+        standalone=known.standalone,
+        curve={side: curve(rows, reference, side) for side in ("protected", "plain")},
+        grid=full_dose_grid(rows),
+        left_out=[
+            {"attack": job.label.rpartition(", ")[0], "level": job.level, "side": job.side,
+             "reason": "the budget ended before it"}
+            for job in left_out
+        ],
+        notes=notes,
+        requirements=[required(levels, level, protection) for level, protection in require.items()],
+        command=f"unmergeable audit {shlex.quote(str(config.where))} -o {shlex.quote(str(folder))}",
+        seconds=seconds,
+        files=(str(folder / "report.html"), str(folder / "results.json")),
+    )  # fmt: skip
+
+
+def _write(path: Path, text: str) -> None:
+    """A result; it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(error.strerror or str(error), where=path) from error

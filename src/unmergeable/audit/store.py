@@ -1,0 +1,84 @@
+"""Rows on disk by the hash of everything that they depend on: an audit that was stopped goes on where it was.
+
+One file a row, an npz without pickles: a JSON text, and the scores of its points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .rows import Cost, Look, Point, Row
+
+# Part of every key: raise it when an attack or a score changes what a row would hold.
+NUMERICS = 1
+_HALVES = ("validation", "test")
+
+
+def row_key(facts: Mapping[str, Any]) -> str:
+    """The name of a row: SHA-256 of what it depends on."""
+    text = json.dumps({"numerics": NUMERICS, **facts}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """A folder of rows; several audits may share one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> Row | None:
+        """The row of this name; None if it is not there, or not whole."""
+        try:
+            with np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
+                return _row(json.loads(bytes(file["row"]).decode()), file)
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            return None
+
+    def put(self, key: str, row: Row) -> None:
+        """Keep a row; it is there whole or not at all."""
+        arrays = {
+            f"{number}|{half}|{task}": scores
+            for number, point in enumerate(row.points)
+            for half in _HALVES
+            for task, scores in getattr(point, half).items()
+        }
+        text = json.dumps(_document(row)).encode()
+        buffer = io.BytesIO()
+        np.savez(buffer, row=np.frombuffer(text, np.uint8), **arrays)
+        temporary = self.folder / f".{key}.{os.getpid()}"
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, self.folder / f"{key}.npz")
+
+
+def _document(row: Row) -> dict[str, Any]:
+    document = {name: value for name, value in vars(row).items() if name not in ("points", "looks", "cost")}
+    return {
+        **document,
+        "points": [{"options": dict(point.options), "tasks": list(point.test)} for point in row.points],
+        "looks": [[dict(look.options), look.protected, look.own] for look in row.looks],
+        "cost": vars(row.cost),
+    }
+
+
+def _row(document: dict[str, Any], arrays: Mapping[str, Any]) -> Row:
+    points = tuple(
+        Point(
+            point["options"],
+            *({task: arrays[f"{number}|{half}|{task}"] for task in point["tasks"]} for half in _HALVES),
+        )
+        for number, point in enumerate(document.pop("points"))
+    )
+    looks = tuple(Look(options, protected, own) for options, protected, own in document.pop("looks"))
+    cost = Cost(**document.pop("cost"))
+    document |= {name: tuple(document[name]) for name in ("chain", "needs")}
+    return Row(**document, points=points, looks=looks, cost=cost)
