@@ -75,7 +75,7 @@ def test_accuracy_on_the_embedded_zoo(tmp_path: Path) -> None:
     name, limit = "fashion", 100
     task = zoo_task(tmp_path, name, limit=limit)
     images, labels = zoo.images(name)
-    assert (len(task), task.classes, task.batch, task.screen) == (limit, 10, 50, 128)
+    assert (len(task), task.classes, task.batch, task.screen) == (limit, 10, 50, 96)
     np.testing.assert_allclose(pixels(task).numpy(), zoo.pixels(images[:limit]), atol=1e-6)
     assert task.evaluation.labels.tolist() == labels[:limit].tolist()
     own = load_module(zoo.model_path(name))

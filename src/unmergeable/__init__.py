@@ -32,7 +32,8 @@ _PUBLIC = {
     "verify": "verify",
     "unlock": "unlock",
     "merge": "merge",
-    "attack": "attacks",
+    "audit": "audit",
+    "attack": "attack",
     "demo": "demo",
     "model_card": "modelcard",
     "UnmergeableError": "errors",
@@ -52,6 +53,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "attack",
+    "audit",
     "demo",
     "generate_key",
     "inspect",
@@ -65,7 +67,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .attacks import attack
+    from .attack import attack
+    from .audit import audit
     from .demo import demo
     from .errors import ClaimError, InputError, RunError, UnmergeableError, UsageError
     from .inspection import Inspection, inspect

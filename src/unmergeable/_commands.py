@@ -178,16 +178,19 @@ def _merge(args: argparse.Namespace) -> Outcome:
 
 
 def _attack(args: argparse.Namespace) -> Outcome:
-    from .attacks import attack, attack_named
+    from .attack import attack
+    from .attacks import attack_named, merge_attack_maker
     from .options import assign, declared
 
     try:
-        options = assign(args.name, declared(attack_named(args.name).run), args.set or ())
+        made = attack_named(args.name).run if args.audit is None else merge_attack_maker(args.name)
+        options = assign(args.name, declared(made), args.set or ())
         with progress("attack", args.quiet, unit="step") as told:
             report = attack(
                 args.name,
                 args.target,
                 args.dst,
+                audit=args.audit,
                 base=args.base,
                 anchor=args.anchor,
                 seed=args.seed,
@@ -200,6 +203,55 @@ def _attack(args: argparse.Namespace) -> Outcome:
         hint = "pip install 'unmergeable[attack]'"
         raise InputError("a package is missing", where=args.name, got=error, hint=hint) from error
     return Outcome(report.as_dict(), render_merge.attacked(report))
+
+
+def _audit(args: argparse.Namespace) -> Outcome:
+    if args.init:
+        return _audit_init(args)
+    if len(args.paths) != 1:
+        raise UsageError(
+            "an audit has one configuration", got=", ".join(args.paths), hint="--init makes one for models"
+        )
+    if args.plain is not None:
+        raise UsageError("--plain belongs to --init", hint="a configuration names it as protected.plain")
+    from . import _render_audit as render_audit
+    from .audit import audit
+
+    required = dict(args.require or ())
+    if len(required) < len(args.require or ()):
+        raise UsageError("a level is required twice", where="--require")
+    with progress("audit", args.quiet, unit="row") as told:
+        result = audit(
+            args.paths[0],
+            args.output,
+            workers=args.workers,
+            budget=args.budget,
+            require=required,
+            cache=args.cache,
+            progress=told,
+        )
+    failed = [f"error: {render_audit.missed(one)}" for one in result.requirements if not one.holds]
+    return Outcome(
+        result.as_dict(),
+        render_audit.audited(result),
+        [*result.notes, *failed],
+        0 if result.holds else 1,
+    )
+
+
+def _audit_init(args: argparse.Namespace) -> Outcome:
+    for option in ("workers", "budget", "require", "cache"):
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option} belongs to an audit, not to --init")
+    from .audit.init import init
+
+    base, *models = args.paths
+    written = init(base, models, args.output, plain=args.plain)
+    return Outcome(
+        _document("audit-init", file=str(written)),
+        str(written),
+        [f"fill in the data of the tasks, then: unmergeable audit {written} -o DIR"],
+    )
 
 
 def _demo(args: argparse.Namespace) -> Outcome:
@@ -237,6 +289,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "unlock": _unlock,
     "merge": _merge,
     "attack": _attack,
+    "audit": _audit,
     "card": _card,
     "demo": _demo,
     "completion": _completion,

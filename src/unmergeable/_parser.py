@@ -30,6 +30,10 @@ ATTACKS = (
     "substitute-attention",
     "substitute-mlp",
     "substitute-blocks",
+    "wide",
+    "coefficients",
+    "repair",
+    "distil",
 )
 DEFAULT_KEY_FILE = "unmergeable.key"
 
@@ -57,7 +61,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"unmergeable {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for add in (_keygen, _inspect, _lock, _verify, _unlock, _merge, _attack, _card, _demo, _completion):
+    for add in (
+        _keygen,
+        _inspect,
+        _lock,
+        _verify,
+        _unlock,
+        _merge,
+        _attack,
+        _audit,
+        _card,
+        _demo,
+        _completion,
+    ):
         add(verbs)
     return parser
 
@@ -279,9 +295,46 @@ def _attack(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="MODEL",
         help="another fine-tune of it, in the place of the base where that will do",
     )
+    parser.add_argument(
+        "--audit", metavar="CONFIG", help="wide, coefficients, repair, distil: the thief's models and tasks"
+    )
     parser.add_argument("--set", metavar="NAME=VALUE", action="append", help="an option of the attack")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is random (%(default)s)")
     _architecture(parser)
+    _quiet(parser)
+    _json(parser)
+
+
+def _audit(verbs: argparse._SubParsersAction[Parser]) -> None:
+    parser = _verb(
+        verbs,
+        "audit",
+        "merge and attack a protected model as thieves would, and report what each gets",
+        "Writes report.html and results.json to DIR. An audit that was stopped goes on where it was.\n"
+        "With --init: writes a commented CONFIG for a base, the protected model and fine-tunes of thieves.\n"
+        "Exit code 1 if protection at a level is below what --require asks for.",
+    )
+    parser.usage = (
+        "%(prog)s CONFIG -o DIR [options]\n"
+        "       %(prog)s --init BASE PROTECTED OTHER... -o CONFIG [--plain MODEL]"
+    )
+    parser.add_argument("paths", metavar="CONFIG", nargs="+", help="the configuration, a YAML file")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder for the results")
+    parser.add_argument(
+        "-w", "--workers", metavar="N", type=_positive, help="processes (one a core, as memory allows)"
+    )
+    parser.add_argument(
+        "--budget", metavar="MIN", type=float, help="minutes; the least informative attacks are left out"
+    )
+    parser.add_argument(
+        "--require", metavar="LEVEL=VALUE", type=_requirement, action="append",
+        help="least protection at a level of access, its lower 95%% limit; 1 is full protection",
+    )  # fmt: skip
+    parser.add_argument("--cache", metavar="DIR", help="folder of rows that audits share (DIR/cache)")
+    parser.add_argument("--init", action="store_true", help="write a configuration to fill in")
+    parser.add_argument(
+        "--plain", metavar="MODEL", help="--init: the protected model before it was locked or hardened"
+    )
     _quiet(parser)
     _json(parser)
 
@@ -333,6 +386,14 @@ def _merge_method(text: str) -> str:
             f"'{text}' is no merge method (`unmergeable merge --methods` lists them){more}"
         )
     return text
+
+
+def _requirement(text: str) -> tuple[int, float]:
+    level, _, value = text.partition("=")
+    try:
+        return int(level), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not LEVEL=VALUE, as in 0=0.9") from None
 
 
 def _rate(text: str) -> float:

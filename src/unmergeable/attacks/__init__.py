@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..groups import Element, Floats
     from ..match import Instance, Match
     from ..plan import ConfigLike, SpecLike
+    from .thief import MergeAttack
 
     Tensors = Mapping[str, Floats]
     Elements = Mapping[tuple[int, Instance], Element]
@@ -50,6 +51,15 @@ ATTACKS: dict[str, str] = {
     "substitute-attention": ".substitute:ATTENTION",
     "substitute-mlp": ".substitute:MLP",
     "substitute-blocks": ".substitute:BLOCKS",
+}
+
+# Attacks that end in merges, chosen by how they score on tasks: name -> module and what makes one of options.
+WITH_TASKS: dict[str, str] = {
+    "substitute-blocks": ".blocks:Blocks",
+    "wide": ".wide:Wide",
+    "coefficients": ".coefficients:coefficients",
+    "repair": ".repair:repair",
+    "distil": ".distil:distil",
 }
 
 NEEDS = {
@@ -193,9 +203,23 @@ def attack_named(name: str) -> Attack:
         UsageError: no such attack.
     """
     if name not in ATTACKS:
+        if name in WITH_TASKS:
+            raise UsageError(f"{name} needs tasks to choose merges by", hint="give --audit CONFIG")
         raise UsageError("no such attack", where=f"'{name}'", expected=" | ".join(ATTACKS))
     module, attribute = ATTACKS[name].split(":")
     return cast(Attack, getattr(import_module(module, __name__), attribute))
+
+
+def merge_attack_maker(name: str) -> Callable[..., MergeAttack]:
+    """What makes an attack of `WITH_TASKS` of its options.
+
+    Raises:
+        UsageError: no such attack.
+    """
+    if name not in WITH_TASKS:
+        raise UsageError("no such attack on tasks", where=f"'{name}'", expected=" | ".join(WITH_TASKS))
+    module, attribute = WITH_TASKS[name].split(":")
+    return cast("Callable[..., MergeAttack]", getattr(import_module(module, __name__), attribute))
 
 
 def attack(

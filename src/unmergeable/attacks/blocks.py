@@ -15,7 +15,7 @@ from .thief import Look, Thief
 
 # Suite v1: the coefficient of the others where nothing is taken, candidates kept in a round, merges in all.
 WEIGHTS = (0.5, 0.8)
-BEAM, BUDGET = 2, 240
+BEAM, BUDGET = 2, 160
 
 
 class Blocks:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ..errors import UsageError
 from ..merging import Merged
-from ..merging.learned import EVERY, RATE, STARTS, STEPS, Learned, learn
+from ..merging.learned import EVERY, GRANULARITIES, OBJECTIVES, RATE, STARTS, STEPS, Learned, learn
 from ..tasks.task import Examples
 from .thief import TRAIN, Look, Subject, Thief, detached
 from .training import batch_size
@@ -102,6 +103,18 @@ class Coefficients:
         )[0]
         thief.bill.forwards += TRAIN * learned.forwards
         return learned
+
+
+def coefficients(*, granularity: str = "row", objective: str = "labels") -> Coefficients:
+    """Learnt coefficients, as `unmergeable attack` takes them.
+
+    Raises:
+        UsageError: no such granularity or objective.
+    """
+    for given, known in ((granularity, GRANULARITIES), (objective, OBJECTIVES)):
+        if given not in known:
+            raise UsageError("no such coefficients", expected=" | ".join(known), got=given)
+    return Coefficients(granularity, objective)
 
 
 def _labels(batch: Examples) -> torch.Tensor:

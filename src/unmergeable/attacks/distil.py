@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UsageError
 from ..tasks.task import Examples
 from .merges import PROBE
 from .repair import merged_with
@@ -95,3 +96,14 @@ class Distil:
         # T² keeps gradients alike at all temperatures (Hinton et al., arXiv 1503.02531).
         losses = -(chances * (logits / temperature).log_softmax(-1)).sum(-1)
         return temperature**2 * losses.mean()
+
+
+def distil(*, target: str = "soft-2", foreign: bool = False) -> Distil:
+    """A distillation, as `unmergeable attack` takes it.
+
+    Raises:
+        UsageError: no such target.
+    """
+    if target not in TARGETS:
+        raise UsageError("no such target", expected=" | ".join(TARGETS), got=target)
+    return Distil(target, foreign)

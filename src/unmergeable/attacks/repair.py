@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UsageError
 from ..merging import Merged
 from .merges import PROBE
 from .thief import Look, Subject, Thief, detached
@@ -71,6 +72,17 @@ class Repair:
         loss = supervised(thief, draws, start.private)
         for step, shared in train(start.shared, loss, steps=STEPS, rate=options["rate"], every=EVERY):
             yield step, Merged(shared, start.private)
+
+
+def repair(*, each: int = EACH[-1]) -> Repair:
+    """A repair, as `unmergeable attack` takes it: with so many labelled examples a class, or texts.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if each < 1:
+        raise UsageError("a repair needs examples", where="each", expected="1 or more", got=each)
+    return Repair(each)
 
 
 class Untrap:

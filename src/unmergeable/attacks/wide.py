@@ -17,9 +17,9 @@ from ..stock import module_state
 from .thief import Look, Subject, Thief
 
 # Suite v1: coefficients of the protected model and of each other one; with the base, it takes what is left of 1.
-WITH_BASE = ((0.4, 0.3), (0.5, 0.5), (0.7, 0.3), (1.0, 0.3), (1.0, 0.6))
+WITH_BASE = ((0.5, 0.3), (0.5, 0.5), (1.0, 0.3), (1.0, 0.6))
 # The part of the protected model where there is no base; the others share the rest.
-WITHOUT_BASE = (0.3, 0.5, 0.7)
+WITHOUT_BASE = (0.3, 0.6)
 
 
 class Wide:

@@ -8,21 +8,48 @@ and report.html. A row is one attack on one side; rows are kept by the hash of a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["AuditResult", "audit", "init"]
-
-_MODULES = {"audit": ".run", "AuditResult": ".results", "init": ".init"}
-
 if TYPE_CHECKING:
-    from .init import init
+    import os
+
     from .results import AuditResult
-    from .run import audit
+
+__all__ = ["audit"]
+
+Progress = Callable[[int, int, str], None]
 
 
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
+def audit(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    output: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    budget: float | None = None,
+    require: Mapping[int, float] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Merge and attack a protected model as thieves would, and write report.html and results.json.
 
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name], __name__), name)
+    Args:
+        config: a YAML file, or what it holds; paths are relative to its folder, or to the working one.
+        output: the folder for results; what an earlier run found there is used again.
+        workers: processes; one a core if not given, as memory allows, and one for a GPU. Figures do not depend
+            on it.
+        budget: minutes; what does not fit is left out, the least informative first, and said.
+        require: by level, the least protection that is asked for.
+        cache: a folder of rows that audits share; `output`/cache if not given.
+        progress: called with rows done, rows in all (about), and what comes next.
+
+    Raises:
+        UsageError: options that make no sense.
+        InputError: a configuration, model or task that cannot be used. Nothing is written then.
+        RunError: not enough memory, or a worker died. Rows found so far are kept.
+    """
+    from .run import run_audit
+
+    return run_audit(
+        config, output, workers=workers, budget=budget, require=require, cache=cache, progress=progress
+    )

@@ -6,6 +6,7 @@ head of a classifier) is taken out of the base, so that nothing merges it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,13 +279,13 @@ def pick_device(name: str) -> torch.device:
 def estimate(config: Config, workers: int) -> tuple[int, int]:
     """Bytes that the bench of all workers takes, and bytes that there are on the CPU.
 
-    Every worker has all models in float32, a mixer's task vectors of them, the modules that they run in and
-    two merges.
+    Every worker, and this process while it prepares, has all models in float32, a mixer's task vectors of them,
+    the modules that they run in and two merges.
     """
     sizes = [_numbers(config.path(written)) for _, written in config.models()]
     largest = max(sizes)
     models = 2 * sum(sizes) + largest * (len(config.tasks) + 4)
-    return 4 * models * workers, free_memory(torch.device("cpu"))
+    return 4 * models * (workers + (workers > 1)), free_memory(torch.device("cpu"))
 
 
 def _numbers(path: Path) -> int:
@@ -293,17 +294,23 @@ def _numbers(path: Path) -> int:
     return sum(file.stat().st_size for file in files) // 2
 
 
-def check_memory(config: Config, workers: int) -> None:
-    """Refuse an audit that does not fit.
+def pick_workers(config: Config, workers: int | None) -> int:
+    """How many workers there are: as asked for, or one a core as far as memory goes; one for a GPU.
 
     Raises:
-        RunError: with the estimate.
+        RunError: not enough memory, with the estimate. InputError: the device is not there.
     """
-    needed, free = estimate(config, workers)
-    if needed > free:
-        raise RunError(
-            "not enough memory for this audit",
-            expected=f"{needed / 2**30:.1f} GiB for {workers} workers",
-            got=f"{free / 2**30:.1f} GiB free",
-            hint="give fewer --workers, or audit on a larger machine",
-        )
+    alone = pick_device(config.fields.device).type != "cpu"
+    wanted = workers or (1 if alone else len(os.sched_getaffinity(0)))
+    while True:
+        needed, free = estimate(config, wanted)
+        if needed <= free:
+            return wanted
+        if workers is not None or wanted == 1:
+            raise RunError(
+                "not enough memory for this audit",
+                expected=f"{needed / 2**30:.1f} GiB for {wanted} workers",
+                got=f"{free / 2**30:.1f} GiB free",
+                hint="give fewer --workers, or audit on a larger machine",
+            )
+        wanted -= 1

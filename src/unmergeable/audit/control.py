@@ -10,7 +10,7 @@ import numpy as np
 
 from .jobs import PROOF
 from .results import Requirement
-from .rows import Row, Side
+from .rows import LEVELS, Row, Side
 from .scores import Level, Reference
 from .suite import STANDS_ON
 
@@ -51,19 +51,17 @@ def controlled(rows: list[Row], reference: Reference) -> list[Row]:
 
 def doubt(rows: Sequence[Row], level: int, part: bool) -> str | None:
     """Why a level's figures say nothing: an attack that it stands on is missing or unreliable."""
+    tried = [row for row in rows if row.side == "protected" and row.chain[-1] != PROOF]
     for below in range(level + 1):
-        name = STANDS_ON[below]
-        mine = [
-            row for row in rows if name in row.chain and row.side == "protected" and row.chain[-1] != PROOF
-        ]
-        if any(row.state == "done" for row in mine):
+        name = STANDS_ON.get(below)
+        mine = [row for row in tried if (row.level == below if name is None else name in row.chain)]
+        if any(row.state == "done" for row in mine) or (part and not mine):
             continue
-        if part and not mine:
-            continue
+        what = name or f"every attack with {LEVELS[below]}"
         if not mine:
-            return f"{name} was not run, and level {below} stands on it"
+            return f"{what} was not run, and level {below} stands on it"
         reason = next((row.reason for row in mine if row.reason), "no reason given")
-        return f"{name} is {mine[0].state}, and level {below} stands on it: {reason}"
+        return f"{what} is {mine[0].state}, and level {below} stands on it: {reason}"
     return None
 
 

@@ -16,10 +16,10 @@ from ..errors import InputError, RunError
 from ..merging import Merged
 from ..merging.check import facts
 from .bench import Bench
-from .rows import Cost, Look, Point, Row, Side
+from .rows import Cost, Look, Point, Row, Scores, Side
 from .scores import Reference
 
-LEAST = 3  # merges of an attack that are scored in full, if it has so many
+LEAST = 3  # merges of an attack that are scored on all validation examples, if it has so many
 
 
 @dataclass(eq=False)
@@ -67,8 +67,8 @@ class Explorer:
         return sum(len(index[half]) for index in self.bench.index.values())
 
 
-def finalists(looks: Sequence[Look], floors: Sequence[float]) -> list[int]:
-    """What is scored in full: the best of both values, the best with each floor, and the next best up to LEAST."""
+def finalists(looks: Sequence[Look], floors: Sequence[float], least: int = LEAST) -> list[int]:
+    """What is worth more than a look: the best of both values, the best with each floor, the next best to `least`."""
     found: dict[int, None] = {}
     order = sorted(range(len(looks)), key=lambda number: -looks[number].joint)
     if order:
@@ -78,7 +78,7 @@ def finalists(looks: Sequence[Look], floors: Sequence[float]) -> list[int]:
         if within:
             found[max(within, key=lambda number: looks[number].protected)] = None
     for number in order:
-        if len(found) >= LEAST:
+        if len(found) >= least:
             break
         found[number] = None
     return list(found)
@@ -124,7 +124,7 @@ def explore(
         needs=needs,
         points=tuple(points),
         looks=tuple(explorer.looks),
-        cost=_cost(bench, thief, explorer, len(points), time.monotonic() - began),
+        cost=_cost(thief, explorer, time.monotonic() - began),
         state=state,  # type: ignore[arg-type]
         reason=reason,
         seed=bench.seed,
@@ -141,19 +141,31 @@ def _score(
     found: dict[str, Any],
 ) -> tuple[list[Point], list[str]]:
     """The finalists on both halves, and why the best of them is no merge."""
-    points: list[Point] = []
-    problems: list[str] = []
-    for place, number in enumerate(finalists(explorer.looks, explorer.reference.floors)):
+    floors = explorer.reference.floors
+    scored: list[tuple[Look, Subject | None, Scores]] = []
+    for number in finalists(explorer.looks, floors):
         options = explorer.looks[number].options
-        subject = explorer.kept.get(number)
-        if subject is None:
-            subject = attack.make(thief, options)
+        # What was kept is in memory; a grid's merge is made again, in one buffer: it is scored at once.
+        subject = explorer.kept.get(number) or attack.make(thief, options)
         try:
-            halves = {half: bench.measure(subject, half) for half in ("validation", "test")}
+            scores = bench.measure(subject, "validation")
         except InputError:  # finite on a few examples, not on all
             explorer.broken += 1
             continue
-        points.append(Point(options, halves["validation"], halves["test"]))
+        pair = explorer.reference.pair("validation", scores)
+        scored.append((Look(options, *pair), explorer.kept.get(number), scores))
+    points: list[Point] = []
+    problems: list[str] = []
+    # What is the best by nothing on validation examples will not be chosen: it needs no test.
+    for place, number in enumerate(finalists([look for look, _, _ in scored], floors, least=1)):
+        look, kept, scores = scored[number]
+        subject = kept or attack.make(thief, look.options)
+        try:
+            test = bench.measure(subject, "test")
+        except InputError:
+            explorer.broken += 1
+            continue
+        points.append(Point(look.options, scores, test))
         if place == 0 and side != "without" and isinstance(attack, Coefficients | Method):
             assert isinstance(subject, Merged)
             checked = facts(thief.base, thief.experts, subject.shared)
@@ -162,11 +174,11 @@ def _score(
     return points, problems
 
 
-def _cost(bench: Bench, thief: Thief | None, explorer: Explorer, points: int, seconds: float) -> Cost:
-    full = points * explorer.examples("validation")
+def _cost(thief: Thief | None, explorer: Explorer, seconds: float) -> Cost:
     if thief is None:
         return Cost(seconds=seconds)
     bill = thief.bill
+    full = len(finalists(explorer.looks, explorer.reference.floors)) * explorer.examples("validation")
     return Cost(
         inputs=sum(bill.inputs.values()),
         labelled=sum(bill.labelled.values()),

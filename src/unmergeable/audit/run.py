@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..attacks.prepare import COLLUDE
 from ..errors import InputError, RunError, UsageError
-from .bench import Bench, check_memory
+from .bench import Bench, pick_workers
 from .config import RELEASE, Config, make_config, read_config
 from .control import controlled, doubt, full_dose_grid, required
 from .jobs import Job, Waves
@@ -30,32 +31,17 @@ from .work import Pool, one_thread
 Progress = Callable[[int, int, str], None]
 
 
-def audit(
+def run_audit(
     config: str | os.PathLike[str] | Mapping[str, Any],
     output: str | os.PathLike[str],
     *,
-    workers: int = 1,
-    budget: float | None = None,
-    require: Mapping[int, float] | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    workers: int | None,
+    budget: float | None,
+    require: Mapping[int, float] | None,
+    cache: str | os.PathLike[str] | None,
+    progress: Progress | None,
 ) -> AuditResult:
-    """Merge and attack a protected model as thieves would, and write report.html and results.json.
-
-    Args:
-        config: a YAML file, or what it holds; paths are relative to its folder, or to the working one.
-        output: the folder for results; what an earlier run found there is used again.
-        workers: processes; figures do not depend on it.
-        budget: minutes; what does not fit is left out, the least informative first, and said.
-        require: by level, the least protection that is asked for.
-        cache: a folder of rows that audits share; `output`/cache if not given.
-        progress: called with rows done, rows in all (about), and what comes next.
-
-    Raises:
-        UsageError: options that make no sense.
-        InputError: a configuration, model or task that cannot be used. Nothing is written then.
-        RunError: not enough memory, or a worker died. Rows found so far are kept.
-    """
+    """As `audit.audit`."""
     from .report import render  # before any work: what it needs may not be installed
 
     started = time.monotonic()
@@ -69,7 +55,7 @@ def audit(
     for level in require or {}:
         if level not in chosen.fields.levels:
             raise UsageError("a level that is not audited", where="require", got=level)
-    check_memory(chosen, workers)
+    workers = pick_workers(chosen, workers)
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +79,8 @@ def audit(
     return result
 
 
-def _check_usage(workers: int, budget: float | None) -> None:
-    if workers < 1:
+def _check_usage(workers: int | None, budget: float | None) -> None:
+    if workers is not None and workers < 1:
         raise UsageError("an audit needs a worker", where="workers", expected="1 or more", got=workers)
     if budget is not None and not budget > 0:
         raise UsageError("a budget of no time", where="budget", expected="minutes above 0", got=budget)
@@ -129,43 +115,52 @@ def _run(
     total = waves.estimate()
     for wave in waves:
         jobs = [job for job in wave(found) if job not in found]
-        keys = {job: row_key(_depends(known, job)) for job in jobs}
-        fresh = []
+        # The same models on two sides are the same work: an audit of what is not protected costs one side.
+        same: dict[str, list[Job]] = {}
         for job in jobs:
-            row = store.get(keys[job])
+            same.setdefault(row_key(_depends(known, job)), []).append(job)
+        fresh: dict[Job, str] = {}
+        for key, alike in same.items():
+            row = store.get(key)
             if row is None:
-                fresh.append(job)
+                fresh[alike[0]] = key
             else:
-                found[job] = row
-        total = max(total, len(found) + len(fresh))
+                found |= {job: replace(row, side=job.side) for job in alike}
+        total = max(total, len(found) + len(jobs))
         for job, row in pool.run(fresh, until):
+            alike = same[fresh[job]]
             if row is None:
-                left_out.append(job)
+                left_out += alike
                 continue
-            found[job] = row
-            store.put(keys[job], row)
+            found |= {one: replace(row, side=one.side) for one in alike}
+            store.put(fresh[job], row)
             if progress is not None:
                 progress(len(found) + len(left_out), total, job.label)
         # The order of rows is that of jobs, not that in which workers were done.
-        found = {job: found[job] for job in [*(j for j in found if j not in keys), *jobs] if job in found}
+        new = set(jobs)
+        found = {job: found[job] for job in [*(j for j in found if j not in new), *jobs] if job in found}
     return found, left_out
 
 
 def _depends(known: Known, job: Job) -> dict[str, Any]:
-    """Everything that a row depends on."""
+    """Everything that a row depends on: the side says only which models are held."""
     fields = known.config.fields
     held = {"protected": ["protected"], "plain": ["plain"], "without": []}[job.side]
-    releases = [role for role in known.hashes if role.startswith(RELEASE)]
-    models = ["base", *held, *(releases if job.side == "protected" else []), *fields.others]
+    releases = [role for role in known.hashes if role.startswith(RELEASE)] if job.prepared == COLLUDE else []
     return {
         "suite": SUITE,
-        "job": job.as_dict(),
-        "models": [known.hashes[role] for role in models],
+        "job": {name: value for name, value in job.as_dict().items() if name != "side"},
+        "base": known.hashes["base"],
+        "held": [known.hashes[role] for role in held + releases],
+        "others": {task: known.hashes[task] for task in fields.others},
         "plain": known.hashes["plain"],  # values are relative to it
         "tasks": {name: task["sha256"] for name, task in known.tasks.items()},
+        "protected": fields.protected.task,
         "private": fields.private,
         "seed": fields.seed,
-        "device": known.machine["device"],
+        "machine": {
+            name: known.machine.get(name) for name in ("device", "torch", "transformers", "mergekit")
+        },
     }
 
 

@@ -134,7 +134,7 @@ class TensorTask(Task):
     training: Examples | None = None
     next_token: bool = False
     batch: int = 64
-    screen: int = 128
+    screen: int = 96
     augment: Callable[[Examples, torch.Generator], Examples] | None = None
     classes: int | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
