@@ -18,7 +18,7 @@ from ..merging import Merged
 from ..merging.learned import EVERY, GRANULARITIES, OBJECTIVES, RATE, STARTS, STEPS, Learned, learn
 from ..tasks.task import Examples
 from .thief import TRAIN, Look, Subject, Thief, detached
-from .training import batch_size
+from .training import batch_size, labelled
 
 # Suite v1: unlabelled inputs a task, and labelled examples a class or texts.
 INPUTS, EACH = 512, 16
@@ -80,10 +80,7 @@ class Coefficients:
     ) -> Learned:
         data = {}
         for task in thief.tasks:
-            found = (
-                thief.trainable(task).few(EACH, thief.seed) if self.labels else thief.inputs_of(task, INPUTS)
-            )
-            thief.spend(task, found, labels=self.labels)
+            found = labelled(thief, task, EACH) if self.labels else thief.unlabelled(task, INPUTS)
             data[task] = list(found.batches(batch_size(found)))
         learned = learn(
             thief.base,

@@ -67,8 +67,7 @@ class Distil:
         generator = torch.Generator().manual_seed(thief.seed)
         draws = []
         for source in thief.others if self.foreign else (task,):
-            inputs = thief.inputs_of(source, INPUTS)
-            thief.spend(source, inputs, labels=False)
+            inputs = thief.unlabelled(source, INPUTS)
             draws.append(sampler(thief, source, inputs, generator, price=TRAIN + 1))  # the teacher runs too
 
         def loss(shared: Mapping[str, torch.Tensor]) -> torch.Tensor:

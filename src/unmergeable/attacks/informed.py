@@ -37,8 +37,7 @@ class _Informed(ABC):
         if self._known is None or self._known[0] is not thief:
             found = {}
             for task, state in thief.experts.items():
-                inputs = thief.inputs_of(task, self.count)
-                thief.spend(task, inputs, labels=False)
+                inputs = thief.unlabelled(task, self.count)
                 fill(thief.modules[task], {**thief.heads.get(task, {}), **state})
                 found[task] = self._gather(thief, task, inputs)
             self._known = thief, found

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..merging import Merged
 from .merges import PROBE
 from .thief import Look, Subject, Thief, detached
-from .training import sampler, supervised, train
+from .training import labelled, sampler, supervised, train
 
 # Suite v1: labelled examples a class or texts, learning rates, steps, and how often the result is looked at.
 EACH = (4, 16)
@@ -66,8 +66,7 @@ class Repair:
         generator = torch.Generator().manual_seed(thief.seed)
         draws = {}
         for task in thief.tasks:
-            few = thief.trainable(task).few(self.each, thief.seed)
-            thief.spend(task, few, labels=True)
+            few = labelled(thief, task, self.each)
             draws[task] = sampler(thief, task, few, generator)
         loss = supervised(thief, draws, start.private)
         for step, shared in train(start.shared, loss, steps=STEPS, rate=options["rate"], every=EVERY):
@@ -114,8 +113,7 @@ class Untrap:
 
     def _student(self, thief: Thief, dose: float) -> dict[str, torch.Tensor]:
         task = thief.protected
-        few = thief.trainable(task).few(self.each, thief.seed)
-        thief.spend(task, few, labels=True)
+        few = labelled(thief, task, self.each)
         generator = torch.Generator().manual_seed(thief.seed)
         weights = {task: dose} if thief.has else {}
         start = detached(thief.mixer.mix(weights))

@@ -138,12 +138,18 @@ class Thief:
         """Logits of a task for a batch, differentiable in the weights: the form that `learned.learn` takes."""
         return self.trainable(task).logits(self.call(task, state), batch.to(self.device))
 
-    def inputs_of(self, task: str, count: int) -> Examples:
-        """Training inputs of a task, the first so many of an order that the seed gives."""
+    def unlabelled(self, task: str, count: int) -> Examples:
+        """So many training inputs of a task, put on the bill; who uses them leaves their labels alone.
+
+        Raises:
+            InputError: the task has no training examples.
+        """
         training = self.trainable(task).training
         assert training is not None
         generator = torch.Generator().manual_seed(self.seed)
-        return training[torch.randperm(len(training), generator=generator)[:count]]
+        found = training[torch.randperm(len(training), generator=generator)[:count]]
+        self.spend(task, found, labels=False)
+        return found
 
     def spend(self, task: str, examples: Examples, *, labels: bool) -> None:
         """Put examples of a task on the bill, once however often they are used."""

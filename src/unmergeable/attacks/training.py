@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LONGEST, WARM = 1.0, 0.1  # a gradient's norm; the part of the steps in which the rate rises
 # Suite v1: examples a step and task; texts are windows of many tokens.
 IMAGES, TEXTS = 64, 8
+# A text stands for fewer labels than its tokens: where others have so many examples a class, so many times more.
+TEXTS_EACH = 8
 Batches = Callable[[], Examples]
 
 
@@ -66,6 +68,20 @@ def train(
 def batch_size(examples: Examples) -> int:
     """Examples a step: fewer where each has many labels."""
     return IMAGES if examples.labels.ndim == 1 else TEXTS
+
+
+def labelled(thief: Thief, task: str, each: int) -> Examples:
+    """The few labelled examples that a thief has of a task, put on the bill: so many a class, or texts.
+
+    Raises:
+        InputError: the task has no training examples.
+    """
+    found = thief.trainable(task)
+    assert found.training is not None
+    texts = found.training.labels.ndim > 1
+    few = found.few(each * TEXTS_EACH if texts else each, thief.seed)
+    thief.spend(task, few, labels=True)
+    return few
 
 
 def sampler(

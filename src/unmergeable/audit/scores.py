@@ -215,6 +215,10 @@ def judge(
     joint = {side: _choose(pools[side], reference, None) for side in SIDES}
     gains = {side: sum(floor.gain(side) for floor in floors) for side in ("protected", "plain")}
     reason = None
+    if not pools["plain"]:
+        return Level(
+            level, floors, np.nan, (np.nan, np.nan), gains, joint, "no merge of these models could be made"
+        )
     if gains["plain"] < LEAST:
         reason = (
             f"merges of the unprotected model give no more than merges without it (Σ G {gains['plain']:.2f}): "
