@@ -65,8 +65,8 @@ def init(
 
     Args:
         base: the model that all were fine-tuned from.
-        models: the protected model, then one or more fine-tunes of thieves; their tasks get the names of their
-            folders.
+        models: the protected model, then one or more fine-tunes of thieves. Tasks get the names of folders, the
+            protected one that of `plain`.
         output: the new YAML file; paths in it are relative to its folder.
         plain: the protected model before it was locked or hardened; the first fine-tune itself if not given,
             which audits what merging gives without any protection.
@@ -114,7 +114,8 @@ def _text(
     def relative(path: Path) -> str:
         return _scalar(os.path.relpath(path, folder or "."))
 
-    tasks = _names([protected, *others])
+    tasks = _names([plain, *others])
+    tasks[protected] = tasks[plain]
     note = ""
     if (protected / MANIFEST).is_file() and plain == protected:
         note = "    # It is locked: put the model from before the lock here.\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -63,13 +64,14 @@ def run_audit(
         raise InputError("the folder cannot be made", where=folder, got=error.strerror) from None
     store = Store(Path(cache) if cache is not None else folder / "cache")
     until = None if budget is None else started + 60 * budget
-    with one_thread():
-        bench = Bench(chosen, folder / "work")
+    # What is made of models on the way is this run's alone: another one may hold other models of these names.
+    with one_thread(), tempfile.TemporaryDirectory(prefix="unmergeable-audit-") as work:
+        bench = Bench(chosen, Path(work))
         known = prepare(bench)
         waves = Waves(
             chosen.top, chosen.fields.attacks, bool(chosen.fields.protected.releases), known.reference
         )
-        with Pool(chosen, folder / "work", known.reference, workers, bench) as pool:
+        with Pool(chosen, Path(work), known.reference, workers, bench) as pool:
             found, left_out = _run(pool, store, waves, known, until, progress)
     rows = controlled(list(found.values()), known.reference)
     result = _result(known, rows, left_out, require or {}, time.monotonic() - started, chosen, folder)

@@ -1,0 +1,252 @@
+"""Audits of every lock on the embedded zoo and on the measuring zoo, and the tables of docs/results.md.
+
+    python bench/audits.py -d WORK --docs docs/results.md                 # the embedded zoo alone
+    python bench/audits.py -d WORK --zoo PATH --docs docs/results.md      # all of it, hours on two cores
+    python bench/audits.py -d WORK --zoo PATH --only text-c               # names that begin so
+    python bench/audits.py -d WORK --zoo PATH --docs docs/results.md --tables   # from what WORK holds
+
+Locks are drawn from a key and salts made of --seed. Rows are kept in WORK/cache: a run that was stopped goes on,
+and the unprotected side of a setting is computed once for all of its locks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import unmergeable as um
+from audits_tables import document
+from unmergeable import zoo
+
+# How the protected model is made from its fine-tune: options of `lock`; None leaves it as it is.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "exact": {"method": "exact"},
+    "exact --scales": {"method": "exact", "scales": True},
+    "gauge": {"method": "gauge"},
+    "mergelock": {"method": "mergelock"},
+    "params diagonal": {"method": "params", "options": {"form": "diagonal"}},
+    "params symmetric": {"method": "params", "options": {"form": "symmetric"}},
+    "params nonsymmetric": {"method": "params", "options": {"form": "nonsymmetric"}},
+    "params --prune-rate 0.2": {"method": "params", "prune_rate": 0.2},
+}
+MAIN = ("exact", "gauge", "mergelock", "params diagonal")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One audit.
+
+    Attributes:
+        setting: which models: a key of `settings`.
+        method: a key of METHODS, or one of SCENARIOS.
+        levels: of access.
+    """
+
+    setting: str
+    method: str
+    levels: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        return f"{self.setting}-{self.method}".replace(" --", "-").replace(" ", "-").replace(".", "")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Models and tasks of one zoo.
+
+    Attributes:
+        base: path. models: fine-tunes by task, the protected one first. tasks: fields of their data.
+        slice: what models are scored on, in words.
+    """
+
+    base: Path
+    models: Mapping[str, Path]
+    tasks: Mapping[str, Mapping[str, Any]]
+    slice: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Locks whose circumstances say that everything must come back, and one that thieves bring together.
+SCENARIOS = {
+    "same domain": "base, protected and own models locked in one domain; the thief has no key",
+    "key": "the thief has the key: unlocked, then merged",
+    "two releases": "the same fine-tune released twice, locked with one key and two salts",
+}
+
+
+def cases(zoo_path: Path | None) -> Iterator[Case]:
+    """Every audit, the cheap ones first."""
+    every = (0, 1, 2, 3)
+    for method in METHODS:
+        yield Case("embedded", method, every if method in ("none", *MAIN) else (0, 1))
+    for scenario in SCENARIOS:
+        yield Case("embedded", scenario, (0, 1))
+    if zoo_path is None:
+        return
+    for setting in ("text-c", "text-python", "text2-c", "text2-python", "images"):
+        for method in MAIN:
+            yield Case(setting, method, (0, 1))
+    for setting in ("text-c", "images"):
+        yield Case(setting, "exact", every)
+
+
+def settings(work: Path, zoo_path: Path | None) -> dict[str, Setting]:
+    """Models by setting. The embedded zoo is copied out, for a lock wants a destination beside it."""
+    found = {"embedded": _embedded(work / "embedded")}
+    if zoo_path is None:
+        return found
+    for name, family in (("text", "llama"), ("text2", "gpt2")):
+        for protected, own in (("c", "python"), ("python", "js")):
+            found[f"{name}-{protected}"] = _text(zoo_path, family, protected, own)
+    found["images"] = _images(zoo_path)
+    return found
+
+
+def _embedded(folder: Path) -> Setting:
+    if not folder.exists():
+        zoo.copy_to(folder)
+        for task in zoo.tasks():
+            for split in ("test", "few"):
+                images, labels = zoo.images(task, split)
+                np.savez(folder / f"{task}-{split}.npz", images=images, labels=labels)
+    protected = "fashion"
+    order = [protected, *(task for task in zoo.tasks() if task != protected)]
+    fields = {
+        task: {
+            "kind": "image-classification", "data": str(folder / f"{task}-test.npz"), "limit": 500,
+            "mean": 0.5, "std": 0.5, "train": {"data": str(folder / f"{task}-few.npz")},
+        }
+        for task in order
+    }  # fmt: skip
+    return Setting(
+        folder / zoo.BASE, {task: folder / task for task in order}, fields, "the first 500 test images a task"
+    )
+
+
+def _text(root: Path, family: str, protected: str, own: str) -> Setting:
+    fields = {
+        task: {
+            "kind": "language-modelling", "data": str(root / "text-test.npz"), "field": task, "limit": 64,
+            "train": {"data": str(root / "text-train.npz"), "field": task},
+        }
+        for task in (protected, own)
+    }  # fmt: skip
+    models = {task: root / f"{family}-{task}" for task in (protected, own)}
+    return Setting(
+        root / f"{family}-base", models, fields, "the first 64 test windows (16,384 tokens) a task"
+    )
+
+
+def _images(root: Path) -> Setting:
+    order = ("fmnist", "mnist", "cyr")
+    fields = {
+        task: {
+            "kind": "image-classification", "data": str(root / "vit-test.npz"),
+            "images": f"{task}_images", "labels": f"{task}_labels", "mean": 0.5, "std": 0.5,
+            "train": {"data": str(root / "vit-train.npz"), "limit": 8000},
+        }
+        for task in order
+    }  # fmt: skip
+    return Setting(
+        root / "vit-base-fmnist-head", {task: root / f"vit-{task}" for task in order}, fields,
+        "all 1,000 test images a task",
+    )  # fmt: skip
+
+
+def owner(seed: int) -> um.Key:
+    """A key that anybody can make: for measuring, never for a model."""
+    return um.Key(hashlib.sha256(f"audits, seed {seed}".encode()).digest())
+
+
+def salt(seed: int, name: str) -> bytes:
+    """A salt that is the same in every run."""
+    return hashlib.sha256(f"audits, seed {seed}, {name}".encode()).digest()
+
+
+def locked(source: Path, folder: Path, name: str, seed: int, options: Mapping[str, Any]) -> Path:
+    """A lock of a model, made once."""
+    target = folder / f"{source.name}-{name.replace(' ', '-')}"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        more = {} if "domain" in options else {"salt": salt(seed, f"{source.name} {name}")}
+        um.lock(source, target, key=owner(seed), **more, **options)
+    return target
+
+
+def configuration(case: Case, setting: Setting, folder: Path, seed: int) -> dict[str, Any]:
+    """The audit of a case, as its YAML would say it."""
+    protected, *own = setting.models
+    plain = setting.models[protected]
+    base, others = setting.base, {task: setting.models[task] for task in own}
+    releases: list[str] = []
+    if case.method in METHODS:
+        options = METHODS[case.method]
+        model = plain if options is None else locked(plain, folder, case.method, seed, options)
+    elif case.method == "same domain":
+        inside = {"domain": "house"}
+        model = locked(plain, folder, "domain", seed, inside)
+        base = locked(base, folder, "domain", seed, inside)
+        others = {task: locked(path, folder, "domain", seed, inside) for task, path in others.items()}
+    elif case.method == "key":
+        first, model = locked(plain, folder, "exact", seed, {}), folder / f"{plain.name}-unlocked"
+        if not model.exists():
+            um.unlock(first, model, key=owner(seed))
+    else:
+        model = locked(plain, folder, "exact", seed, {})
+        releases = [str(locked(plain, folder, "second", seed, {}))]
+    return {
+        "version": 1,
+        "base": str(base),
+        "protected": {"model": str(model), "plain": str(plain), "task": protected, "releases": releases},
+        "others": {task: str(path) for task, path in others.items()},
+        "tasks": {task: dict(fields) for task, fields in setting.tasks.items()},
+        "levels": list(case.levels),
+        "seed": seed,
+        "device": "cpu",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-d", "--work", type=Path, required=True, help="folder for locks, rows and results")
+    parser.add_argument("--zoo", type=Path, help="the measuring zoo")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose names begin so")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", action="store_true", help="run nothing, write the document")
+    parser.add_argument("--docs", type=Path, help="document to write")
+    args = parser.parse_args()
+    known = settings(args.work, args.zoo)
+    chosen = [case for case in cases(args.zoo) if case.name.startswith(tuple(args.only))]
+    for case in () if args.tables else chosen:
+        began = time.monotonic()
+        folder = args.work / case.name
+        config = configuration(case, known[case.setting], args.work / "locks" / case.setting, args.seed)
+        result = um.audit(config, folder, workers=args.workers, cache=args.work / "cache")
+        shares = ", ".join(f"level {one.level}: {one.recovered:.3f}" for one in result.levels)
+        print(f"{case.name}: {shares} ({time.monotonic() - began:.0f} s)", flush=True)
+    if args.docs is not None:
+        found = {}
+        for case in cases(args.zoo):
+            path = args.work / case.name / "results.json"
+            if path.exists():
+                found[case.name] = case, json.loads(path.read_text(encoding="utf-8"))
+        slices = {name: setting.slice for name, setting in known.items()}
+        args.docs.write_text(document(found, slices, SCENARIOS, args.seed), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""docs/results.md from the results of `bench/audits.py`. Every figure comes from a results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Document = Mapping[str, Any]
+Found = Mapping[str, tuple[Any, Document]]
+
+# Published figures: accuracy in per cent of the protected task after task arithmetic of CLIP ViT-B/32 at λ = 0.2,
+# from arXiv 2606.30360, before and after its base-anchored attack; and what the papers claim in words.
+PUBLISHED = (
+    ("no protection", 67.2, None),
+    ("PaRaMS", 5.5, 66.4),
+    ("MergeLock", 5.1, 66.4),
+    ("MergeBarrier", 29.3, 60.8),
+    ("ARF, its own training defence", 4.6, 27.4),
+)
+NAMES = {
+    "embedded": "embedded zoo: fashion against digits, latin, cyrillic (ViT, 0.6 M)",
+    "images": "measuring zoo, images: fmnist against mnist, cyr (ViT, 2.7 M)",
+    "text-c": "measuring zoo, text: c against python (Llama class, 3.1 M)",
+    "text-python": "measuring zoo, text: python against js (Llama class, 3.1 M)",
+    "text2-c": "measuring zoo, text: c against python (GPT-2 class, 3.1 M)",
+    "text2-python": "measuring zoo, text: python against js (GPT-2 class, 3.1 M)",
+}
+LOST = 0.05  # a merge that keeps less than this part of the unprotected value has lost over 95 %
+FLOOR = 0.25
+
+
+def document(found: Found, slices: Mapping[str, str], scenarios: Mapping[str, str], seed: int) -> str:
+    """The whole page."""
+    first = next(iter(found.values()))[1]
+    parts = [
+        HEAD.format(
+            seed=seed,
+            suite=first["suite"],
+            tool=first["tool"],
+            machine=_machine(first["machine"]),
+            slices="\n".join(f"- {NAMES[name]}: {text}" for name, text in slices.items()),
+        ),
+        summary(found),
+        RECOVERED,
+        scenario_table(found, scenarios),
+        *(through(found, setting) for setting in ("embedded", "images", "text-c")),
+        METHODS_HEAD,
+        *(methods(found, setting) for setting in NAMES),
+        claims(found),
+        costs(found),
+        DOUBTS,
+        doubts(found),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "mergekit"))
+    kind = f"{machine['cores']} {machine['processor']} cores, {machine['device']}"
+    return f"{kind}, Python {machine['python']}, {versions}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure with a true minus; nothing where there is none."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+
+
+def share(level: Mapping[str, Any] | None) -> str:
+    """What was recovered, with its interval."""
+    if level is None:
+        return ""
+    if not level["reliable"]:
+        return "not judged"
+    low, high = level["interval"]
+    return f"{number(level['recovered'])} [{number(low)}, {number(high)}]"
+
+
+def level_of(result: Document, level: int) -> Mapping[str, Any] | None:
+    return next((one for one in result["levels"] if one["level"] == level), None)
+
+
+def summary(found: Found) -> str:
+    """Every lock: alone, and recovered by level."""
+    lines = []
+    for case, result in found.values():
+        if case.method in ("same domain", "key", "two releases"):
+            continue
+        alone = result["standalone"]
+        lines.append(
+            (
+                case.setting, f"`{case.method}`", number(alone["plain"], 4), number(alone["protected"], 4),
+                *(share(level_of(result, level)) for level in range(4)), f"{result['seconds']:.0f}",
+            )
+        )  # fmt: skip
+    header = (
+        "models",
+        "lock",
+        "alone before",
+        "alone after",
+        "level 0",
+        "level 1",
+        "level 2",
+        "level 3",
+        "seconds",
+    )
+    return "## What thieves get\n\n" + table(header, lines)
+
+
+def scenario_table(found: Found, scenarios: Mapping[str, str]) -> str:
+    """Circumstances in which everything must come back."""
+    lines = [
+        (scenarios[case.method], share(level_of(result, 0)), share(level_of(result, 1)))
+        for case, result in found.values()
+        if case.method in scenarios
+    ]
+    lines = [("no lock", *_shares(found, "embedded", "none")), *lines] if lines else lines
+    return (
+        "## Where nothing is protected\n\n"
+        + SCENARIOS
+        + "\n\n"
+        + table(("on the embedded zoo, `exact`", "level 0", "level 1"), lines)
+    )
+
+
+def _shares(found: Found, setting: str, method: str) -> tuple[str, str]:
+    for case, result in found.values():
+        if (case.setting, case.method) == (setting, method):
+            return share(level_of(result, 0)), share(level_of(result, 1))
+    return "", ""
+
+
+def through(found: Found, setting: str) -> str:
+    """What gets through an exact lock, level by level and floor by floor."""
+    result = _result(found, setting, "exact")
+    if result is None:
+        return ""
+    rows = result["rows"]
+    lines = []
+    for level in result["levels"]:
+        for floor in level["floors"]:
+            cells = []
+            for side in ("protected", "plain", "without"):
+                chosen = floor[side]
+                name = "nothing" if chosen["row"] is None else rows[chosen["row"]]["attack"]
+                cells.append(f"{number(chosen['value'])} ({name})")
+            lines.append((level["level"], number(floor["floor"]), *cells))
+    header = ("level", "own at least", "with the locked model", "with the unprotected", "without either")
+    return f"### What gets through `exact`: {NAMES[setting]}\n\n" + table(header, lines)
+
+
+def _result(found: Found, setting: str, method: str) -> Document | None:
+    return next((r for c, r in found.values() if (c.setting, c.method) == (setting, method)), None)
+
+
+def methods(found: Found, setting: str) -> str:
+    """Level 0 by merge method: the best worse-of-both of every lock."""
+    results = {
+        case.method: result
+        for case, result in found.values()
+        if case.setting == setting and case.method not in ("same domain", "key", "two releases", "none")
+    }
+    if not results:
+        return ""
+    plain = _joints(next(iter(results.values())), "plain")
+    columns = {method: _joints(result, "protected") for method, result in results.items()}
+    lines = [
+        (f"`{attack}`", number(value), *(number(column.get(attack)) for column in columns.values()))
+        for attack, value in plain.items()
+    ]
+    header = ("merge", "no lock", *(f"`{method}`" for method in columns))
+    return f"### {NAMES[setting]}\n\n" + table(header, lines)
+
+
+def _joints(result: Document, side: str) -> dict[str, float | None]:
+    return {
+        row["attack"]: row["test"]["joint"] if row["test"] else None
+        for row in result["rows"]
+        if row["side"] == side and row["level"] == 0 and len(row["chain"]) == 1 and row["attack"] != "probe"
+    }
+
+
+def claims(found: Found) -> str:
+    """The papers' claims beside ours."""
+    lines = []
+    for case, result in found.values():
+        if case.method not in ("mergelock", "exact", "gauge") and not case.method.startswith("params"):
+            continue
+        kept = _kept(result)
+        if kept:
+            lost = sum(one < LOST for one in kept)
+            lines.append((case.setting, f"`{case.method}`", f"{lost} of {len(kept)}", number(max(kept))))
+    ours = table(("models", "lock", "merge methods that lose over 95 %", "most that one keeps"), lines)
+    published = table(
+        ("protection", "merged, published", "after the published attack"),
+        [(name, number(one, 1), number(other, 1)) for name, one, other in PUBLISHED],
+    )
+    return CLAIMS + "\n\n" + ours + "\n\n" + PUBLISHED_HEAD + "\n\n" + published
+
+
+def _kept(result: Document) -> list[float]:
+    """By merge method that works without a lock: the part of the protected value that the lock leaves.
+
+    Of each method the merge with the best worse-of-both is compared: what a thief would take.
+    """
+    plain, protected = _joints(result, "plain"), _joints(result, "protected")
+    return [
+        max(0.0, other) / value
+        for attack, value in plain.items()
+        if value is not None and value >= 0.1 and (other := protected.get(attack)) is not None
+    ]
+
+
+def costs(found: Found) -> str:
+    """What the attacks cost, of the exact lock of the embedded zoo."""
+    result = _result(found, "embedded", "exact")
+    if result is None:
+        return ""
+    lines = []
+    for row in result["rows"]:
+        if row["side"] == "protected" and row["test"] and row["level"] >= 1:
+            cost = row["cost"]
+            lines.append(
+                (
+                    row["level"], f"`{row['attack']}`", number(row["test"]["protected"]), number(row["test"]["own"]),
+                    f"{cost['forwards']:,.0f}", cost["inputs"], cost["labelled"], f"{cost['seconds']:.0f}",
+                    number(cost["size"], 1),
+                )
+            )  # fmt: skip
+    header = (
+        "level",
+        "attack",
+        "protected",
+        "own",
+        "forward passes",
+        "inputs",
+        "labelled",
+        "seconds",
+        "size",
+    )
+    return "## What attacks cost\n\n" + COSTS + "\n\n" + table(header, lines)
+
+
+def doubts(found: Found) -> str:
+    """Everything that was refused or unreliable, over all audits."""
+    seen: dict[tuple[str, str, str], list[str]] = {}
+    for name, (_, result) in found.items():
+        for row in result["rows"]:
+            if row["state"] != "done" and row["side"] == "protected":
+                seen.setdefault((row["attack"], row["state"], row["reason"] or ""), []).append(name)
+    lines = [(f"`{attack}`", state, reason, len(names)) for (attack, state, reason), names in seen.items()]
+    return table(("attack", "state", "reason", "audits"), lines)
+
+
+HEAD = """
+# Results
+
+What each lock is worth against each kind of thief, measured by the [audit](audit.md). This page is written by
+
+    python bench/audits.py -d WORK --zoo PATH --docs docs/results.md
+
+attack suite {suite}, unmergeable {tool}, seed {seed}; {machine}, one thread a worker, two workers. Nothing here is
+tuned on the test half: merges are chosen on validation examples and reported on others. Examples:
+
+{slices}
+
+One lock a method and one seed of everything: a second key gives other figures within the intervals, which are of
+examples, not of keys. The models are small; nothing says that larger ones behave alike.
+"""
+RECOVERED = """
+`level n`: the part of what the unprotected model would give a thief with this access that the locked one gives him
+(*recovered*), with its 95 % interval; 0 is full protection, 1 is none. *alone*: score of the protected model by
+itself, accuracy or minus nats a token. Seconds are those of the audit, without what was known from the audits before
+it.
+"""
+SCENARIOS = """
+The audit has to be able to say that everything is lost. Here it must.
+"""
+METHODS_HEAD = """
+## Off the shelf, method by method
+
+Joint of every merge method: the best worse of the protected task's value and the worst own one, chosen on
+validation examples. 0 is the base, 1 the fine-tunes. A dash: refused or failed.
+"""
+CLAIMS = """
+## The papers' claims beside these figures
+
+MergeLock (arXiv 2509.01548) says of its locks that performance degrades "by over 95 % in most cases" when models are
+merged. PaRaMS (arXiv 2503.07661) tests three forms of multi-head scaling, diagonal, symmetric and non-symmetric, with
+its rearrangement of MLP rows. Of the merge methods that work without a lock (joint of .10 or more), how many lose
+over 95 % of it, and what the best one keeps:
+"""
+PUBLISHED_HEAD = """
+Published figures, not ours: accuracy in per cent of the protected task, CLIP ViT-B/32, task arithmetic at λ = .2,
+before and after the base-anchored attack of arXiv 2606.30360, which reports them. Their models and data were not at
+hand; the pattern is the one above: a lock ends merges off the shelf, and an anchor brings them back.
+"""
+COSTS = """
+`exact` on the embedded zoo, the merge with the best worse of both values of every attack. Forward passes: of one
+example through one model, looking for the best merge included; a step of training counts as three. Size: of the
+result, over one model.
+"""
+DOUBTS = """
+## What is not counted
+
+Attacks that could not be believed or did not apply, over all audits of this page. None of them counts as protection.
+"""
