@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unmergeable import _demo_scores, demo, zoo
+from unmergeable import _demo_audit, _demo_scores, demo, zoo
 from unmergeable.cli import main
 from unmergeable.demo import DemoResult
 from unmergeable.errors import InputError
@@ -26,6 +26,7 @@ def result(folder: Path) -> Iterator[DemoResult]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_demo_scores, "CHOOSE", 48)
         patch.setattr(_demo_scores, "REPORT", 96)
+        patch.setattr(_demo_audit, "LIMIT", 120)
         yield demo(folder)
 
 
@@ -66,7 +67,11 @@ def test_the_files_are_written(result: DemoResult, folder: Path) -> None:
     assert (document["document"], document["version"]) == ("unmergeable.demo", 1)
     assert document == json.loads(json.dumps(result.as_dict()))
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in folder.iterdir()) == ["demo.json", "demo.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["audit", "demo.json", "demo.png"]
+    assert sorted(path.name for path in (folder / "audit").iterdir()) == ["report.html", "results.json"]
+    report = (folder / "audit" / "report.html").read_text(encoding="utf-8")
+    assert len(result.audit) == 2
+    assert all(verdict.partition(":")[0] in report for verdict in result.audit)
 
 
 def test_the_text_names_every_merge(

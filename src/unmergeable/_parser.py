@@ -347,8 +347,8 @@ def _card(verbs: argparse._SubParsersAction[Parser]) -> None:
 
 def _demo(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser = _verb(
-        verbs, "demo", "lock, verify, merge and unlock an embedded model, in under a minute",
-        "Prints a table and writes demo.json and demo.png.",
+        verbs, "demo", "lock, verify, merge, unlock and audit an embedded model, in about a minute",
+        "Prints a table and writes demo.json, demo.png and the report of an audit.",
     )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="DIR", default="demo", help="folder to write (%(default)s)")
     parser.add_argument(

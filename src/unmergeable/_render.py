@@ -254,8 +254,9 @@ def demonstrated(result: DemoResult) -> str:
         "is the base and 1 the task's own fine-tune. thief gets: the worse of the two. Chosen on some images,\n"
         f"reported on others. The protected model by itself: {result.alone[0]:+.2f}, {result.alone[1]:+.2f}."
     )
+    judged = "the audit of exact, by two of its attacks:\n" + "\n".join(result.audit)
     files = f"written: {', '.join(result.files)} ({result.seconds:.0f} s)"
-    return "\n\n".join([head, locks, merges, legend, files])
+    return "\n\n".join([head, locks, merges, legend, judged, files])
 
 
 def _learnt(result: DemoResult, task: str) -> str:

@@ -104,6 +104,7 @@ class DemoResult:
         base, plain: accuracy of the base, and of each task's own fine-tune.
         alone: (protected, own) of the protected model served by itself: what no lock can prevent.
         locks: no lock first.
+        audit: what the audit of the lock `exact` says, a sentence a level of access.
         files: what was written.
     """
 
@@ -114,6 +115,7 @@ class DemoResult:
     plain: Mapping[str, float]
     alone: tuple[float, float]
     locks: tuple[Locked, ...]
+    audit: tuple[str, ...]
     seconds: float
     files: tuple[str, ...]
 
@@ -128,7 +130,7 @@ class DemoResult:
 def demo(
     output: str | os.PathLike[str] = "demo", *, full: bool = False, progress: Progress | None = None
 ) -> DemoResult:
-    """Run the demo and write demo.json and demo.png.
+    """Run the demo and write demo.json, demo.png and the report of an audit.
 
     Args:
         output: folder for both; it is made if it is missing, and files of an earlier demo are replaced.
@@ -139,6 +141,7 @@ def demo(
         InputError: the folder cannot be made.
         ClaimError: a lock that does not verify, or does not come off.
     """
+    from ._demo_audit import audited
     from ._demo_picture import draw
     from ._demo_scores import Scorer, one_core_each
 
@@ -148,7 +151,7 @@ def demo(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError("the folder cannot be made", where=folder, got=error.strerror) from None
-    step = _steps(progress, 3 + 2 * len(METHODS))
+    step = _steps(progress, 4 + 2 * len(METHODS))
     step("models")
     with one_core_each() as spread, tempfile.TemporaryDirectory(prefix="unmergeable-demo-") as work:
         scorer = Scorer(PROTECTED)
@@ -158,6 +161,8 @@ def demo(
         key = generate_key(Path(work, "owner.key"))
         for method in METHODS:
             locks.append(_locked(scorer, method, key, Path(work), full or method == "exact", step, spread))
+        step("exact: audit")
+        judged = audited(Path(work, "exact"), scorer.tasks, folder / "audit", Path(work))
     step("picture")
     result = DemoResult(
         protected=PROTECTED,
@@ -167,8 +172,9 @@ def demo(
         plain=scorer.plain,
         alone=scorer.alone(),
         locks=tuple(locks),
+        audit=tuple(level["verdict"] for level in judged.as_dict()["levels"]),
         seconds=time.monotonic() - started,
-        files=(str(folder / "demo.json"), str(folder / "demo.png")),
+        files=(str(folder / "demo.json"), str(folder / "demo.png"), str(folder / "audit" / "report.html")),
     )
     draw(result, folder / "demo.png")
     (folder / "demo.json").write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
