@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,8 @@ from pydantic import Field
 from ..checkpoint.files import open_regular
 from ..checkpoint.problems import Problems
 from ..errors import InputError
-from ..tasks.fields import Fields, Function, TaskFields, parse_fields
+from ..tasks.fields import Fields, Function, TaskFields
+from ..tasks.parsing import try_fields
 from .rows import LEVELS
 
 ROLES = ("base", "protected", "plain")  # of models; others are called by their task
@@ -105,12 +106,13 @@ def make_config(data: Any, folder: Path, where: Path) -> Config:
     """
     if not isinstance(data, dict):
         raise InputError("the configuration is no mapping", where=where, got=type(data).__name__)
-    fields = parse_fields(AuditFields, data, str(where))
-    assert isinstance(fields, AuditFields)
-    config = Config(fields, folder, where)
     problems = Problems(where)
-    _check_names(config, problems)
-    _check_paths(config, problems)
+    fields = try_fields(AuditFields, data, str(where), problems)
+    _check_models(data, folder, problems)
+    if fields is not None:
+        config = Config(fields, folder, where)
+        _check_names(config, problems)
+        _check_data(config, problems)
     problems.raise_any()
     return config
 
@@ -148,18 +150,29 @@ def _check_names(config: Config, problems: Problems) -> None:
             problems.add("a task without a model", where=f"tasks.{task}", hint="give its fine-tune in others")
 
 
-def _check_paths(config: Config, problems: Problems) -> None:
-    for role, written in config.models():
-        if not config.path(written).exists():
-            problems.add("no such model", where=f"{role}: {config.path(written)}")
+def _check_models(data: Mapping[str, Any], folder: Path, problems: Problems) -> None:
+    """Models that are not there, as far as the fields can be read, whatever else is wrong."""
+    protected = data.get("protected")
+    others = data.get("others")
+    written = {"base": data.get("base")}
+    if isinstance(protected, dict):
+        written |= {f"protected.{name}": protected.get(name) for name in ("model", "plain")}
+        releases = protected.get("releases")
+        if isinstance(releases, list | tuple):
+            written |= {f"protected.releases[{number}]": one for number, one in enumerate(releases)}
+    if isinstance(others, dict):
+        written |= {f"others.{task}": path for task, path in others.items()}
+    for place, path in written.items():
+        if isinstance(path, str) and not (folder / os.path.expanduser(path)).exists():
+            problems.add("no such model", where=place, got=path)
+
+
+def _check_data(config: Config, problems: Problems) -> None:
     for name, task in config.fields.tasks.items():
-        written_data = getattr(task, "data", None)
-        if written_data is not None and not config.path(written_data).exists():
-            problems.add("no such data", where=f"tasks.{name}.data: {config.path(written_data)}")
         train = getattr(task, "train", None)
-        if train is not None and not config.path(train.data).exists():
-            problems.add("no such data", where=f"tasks.{name}.train.data: {config.path(train.data)}")
+        written = {"data": getattr(task, "data", None), "train.data": getattr(train, "data", None)}
         if isinstance(task, Function) and ".py:" in task.function:
-            file = config.path(task.function.rpartition(":")[0])
-            if not file.exists():
-                problems.add("no such file", where=f"tasks.{name}.function: {file}")
+            written["function"] = task.function.rpartition(":")[0]
+        for place, path in written.items():
+            if path is not None and not config.path(path).exists():
+                problems.add("no such file or folder", where=f"tasks.{name}.{place}", got=path)

@@ -57,15 +57,24 @@ def parse_fields(model: type[Model], data: Mapping[str, Any], where: str) -> Mod
     Raises:
         InputError: whatever is wrong with them, all of it, each with the path of its field.
     """
+    problems = Problems(where)
+    found = try_fields(model, data, where, problems)
+    problems.raise_any()
+    assert found is not None  # pydantic names at least one error, and each of them becomes a problem
+    return found
+
+
+def try_fields(model: type[Model], data: Mapping[str, Any], where: str, problems: Problems) -> Model | None:
+    """As `parse_fields`, but what is wrong is noted: None then."""
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        _complain(model, error, where)
-        raise  # pydantic names at least one error, and each of them becomes a problem
+        _complain(model, error, where, problems)
+        return None
 
 
-def _complain(model: type[BaseModel], error: ValidationError, where: str) -> None:
-    """Raises the one InputError that tells all of them."""
+def _complain(model: type[BaseModel], error: ValidationError, where: str, problems: Problems) -> None:
+    """Note every error."""
     found: dict[str, list[tuple[Any, Any]]] = {}
     for one in error.errors(include_url=False):
         place = _Place(model, one["loc"])
@@ -73,12 +82,10 @@ def _complain(model: type[BaseModel], error: ValidationError, where: str) -> Non
         if one["type"] in ("union_tag_invalid", "union_tag_not_found"):
             path += ("." if path else "") + str(one["ctx"]["discriminator"]).strip("'")
         found.setdefault(path, []).append((one, place))
-    problems = Problems(where)
     for path, several in found.items():
         if any(other.startswith((f"{path}.", f"{path}[")) for other in found if path):
             continue  # another form that the field can have: the problem is further in
         problems.add(where=f"{where}: {path}" if path else where, **_told(several))
-    problems.raise_any()
 
 
 def _told(several: list[tuple[Any, Any]]) -> dict[str, Any]:
