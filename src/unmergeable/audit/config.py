@@ -145,6 +145,10 @@ def _check_names(config: Config, problems: Problems) -> None:
         problems.add(
             "the protected task is also one of the thief's own", where=f"others.{fields.protected.task}"
         )
+    for task in config.tasks:
+        if task in ROLES or task.startswith(RELEASE):  # models go by their task, and these are others' names
+            expected = f"a name that is none of {', '.join(ROLES)}"
+            problems.add("a task cannot be called so", where=f"tasks.{task}", expected=expected, got=task)
     for task in fields.tasks:
         if task not in config.tasks:
             problems.add("a task without a model", where=f"tasks.{task}", hint="give its fine-tune in others")
