@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import toy
 import unmergeable as um
-from unmergeable import _parser, _render_merge, attacks, cli
-from unmergeable.attacks import ATTACKS, AttackReport, attack_named
+from unmergeable import _parser, _render_merge, cli
+from unmergeable.attacks import ATTACKS, WITH_TASKS, AttackReport, attack_named, merge_attack_maker
 from unmergeable.config import canonical_config, structure
+from unmergeable.errors import UsageError
 from unmergeable.options import declared
 
 # What the document calls the needs of an attack.
@@ -41,19 +45,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_parser_names_the_attacks_that_exist() -> None:
-    assert tuple(ATTACKS) == _parser.ATTACKS
-    assert um.attack is attacks.attack
+    assert tuple(dict.fromkeys((*ATTACKS, *WITH_TASKS))) == _parser.ATTACKS
+    assert um.attack is import_module("unmergeable.attack").attack
+    for name in WITH_TASKS:
+        if name not in ATTACKS:
+            with pytest.raises(UsageError, match=f"{name} needs tasks"):
+                attack_named(name)
+
+
+def rows(table: int) -> list[list[str]]:
+    """The cells of a table of attacks in the document, the first or the second."""
+    text = (Path(__file__).parents[1] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    part = text.split("## Attacks on tasks")[table]
+    return [line.split("|")[1:-1] for line in part.splitlines() if line.startswith("| [`")]
+
+
+def defaults(cell: str, made: Any) -> None:
+    """A cell has the options of an attack, each with its default."""
+    written = dict(re.findall(r"`(\w+)` ([\w-]+)", cell))
+    known = {
+        name: str(option.default).lower() if option.default is not None else "none"
+        for name, option in declared(made).items()
+    }
+    assert written == known
 
 
 def test_the_document_has_every_attack() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "attacks.md").read_text(encoding="utf-8")
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| [`")]
-    assert [row[1].split("`")[1] for row in rows] == list(ATTACKS)
-    for row in rows:
-        found = attack_named(row[1].split("`")[1])
-        assert row[2].strip() == ", ".join(NEEDS[need] for need in found.needs)
-        assert row[3].strip() == ("kept" if found.keeps_function else "lost")
-        assert row[4].split("`")[1::2] == list(declared(found.run))
+    assert [row[0].split("`")[1] for row in rows(0)] == list(ATTACKS)
+    for name, needs, function, options, *_ in rows(0):
+        found = attack_named(name.split("`")[1])
+        assert needs.strip() == ", ".join(NEEDS[need] for need in found.needs)
+        assert function.strip() == ("kept" if found.keeps_function else "lost")
+        defaults(options, found.run)
+
+
+def test_the_document_has_every_attack_on_tasks() -> None:
+    assert [row[0].split("`")[1] for row in rows(1)] == list(WITH_TASKS)
+    for name, needs, level, options, *_ in rows(1):
+        maker = merge_attack_maker(name.split("`")[1])
+        found = maker()
+        assert needs.strip() == ", ".join(NEEDS[need] for need in found.needs)
+        assert int(level) == found.access
+        defaults(options, maker)
 
 
 @pytest.mark.parametrize("name", SIMPLE)

@@ -83,12 +83,14 @@ def test_json_documents_are_versioned(session: Path, capsys: pytest.CaptureFixtu
         ["merge", "--methods"],
         ["merge", "--methods", "-m", "ties"],
         ["attack", "align-permutation", "locked", "aligned", "--base", "model", "--spec", "spec.json"],
+        ["audit", "--init", "model", "locked", "back", "-o", "audit.yaml"],
         ["inspect", "nowhere"],
     ):
         assert cli.main([*arguments, "--json"]) == (3 if "nowhere" in arguments else 0)
         document = json.loads(capsys.readouterr().out)
         verb = "error" if "nowhere" in arguments else arguments[0]
         verb += "-plain" if "plain" in arguments else "-methods" if "--methods" in arguments else ""
+        verb += "-init" if "--init" in arguments else ""
         assert (document["document"], document["version"]) == (f"unmergeable.{verb}", 1)
 
 
@@ -177,6 +179,9 @@ def test_a_reader_that_leaves_is_no_error(session: Path) -> None:
         ),
         (["merge", "mod"], {"model"}),
         (["attack", "align-p"], {"align-permutation", "align-procrustes"}),
+        (["au"], {"audit"}),
+        (["audit", "--in"], {"--init"}),
+        (["audit", "--init", "mod"], {"model"}),
         (["attack", "--seed", "1", "anchor-c"], {"anchor-coupled"}),
         (["attack", "anchor-coupled", "mod"], {"model"}),
         (["attack", "anchor-coupled", "--an"], {"--anchor"}),

@@ -217,6 +217,8 @@ def merge_attack_maker(name: str) -> Callable[..., MergeAttack]:
         UsageError: no such attack.
     """
     if name not in WITH_TASKS:
+        if name in ATTACKS:
+            raise UsageError(f"{name} takes no tasks", hint="leave --audit out")
         raise UsageError("no such attack on tasks", where=f"'{name}'", expected=" | ".join(WITH_TASKS))
     module, attribute = WITH_TASKS[name].split(":")
     return cast("Callable[..., MergeAttack]", getattr(import_module(module, __name__), attribute))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..errors import UsageError
 from ..merging import Merged
 from ..merging.learned import EVERY, GRANULARITIES, OBJECTIVES, RATE, STARTS, STEPS, Learned, learn
 from ..tasks.task import Examples
-from .thief import TRAIN, Look, Subject, Thief, detached
+from .thief import TRAIN, Look, Subject, Thief, all_of, detached
 from .training import batch_size, labelled
 
 # Suite v1: unlabelled inputs a task, and labelled examples a class or texts.
@@ -62,12 +63,15 @@ class Coefficients:
         """Learn from every start; what is looked at is the best step of each.
 
         Raises:
-            InputError: a task without training examples.
+            InputError: a task without training examples. RunError: the objective is finite from no start.
         """
-        for start in STARTS if thief.has else [(other, other) for _, other in STARTS[1:]]:
-            learned = self._learn(thief, start, STEPS, lambda merged: min(look.peek(thief.whole(merged))))
-            merged = thief.whole(learned.merged)
-            look({"start": list(start), "step": learned.step}, merged, kept=detached(merged))
+        starts = STARTS if thief.has else [(other, other) for _, other in STARTS[1:]]
+        all_of(partial(self._one, thief, look, start) for start in starts)
+
+    def _one(self, thief: Thief, look: Look, start: tuple[float, float]) -> None:
+        learned = self._learn(thief, start, STEPS, lambda merged: min(look.peek(thief.whole(merged))))
+        merged = thief.whole(learned.merged)
+        look({"start": list(start), "step": learned.step}, merged, kept=detached(merged))
 
     def make(self, thief: Thief, options: Mapping[str, Any]) -> Subject:
         """Learn once more, from one start to one step."""
@@ -82,12 +86,17 @@ class Coefficients:
         for task in thief.tasks:
             found = labelled(thief, task, EACH) if self.labels else thief.unlabelled(task, INPUTS)
             data[task] = list(found.batches(batch_size(found)))
-        learned = learn(
+
+        def forward(task: str, state: Mapping[str, torch.Tensor], batch: Examples) -> torch.Tensor:
+            thief.bill.forwards += TRAIN * len(batch)
+            return thief.forward(task, state, batch)
+
+        return learn(
             thief.base,
             thief.experts,
-            thief.forward,
+            forward,
             data,
-            protected=next(iter(thief.experts)),
+            protected=thief.protected if thief.has else next(iter(thief.experts)),
             granularity=self.granularity,
             objective=self.objective,
             labels=_labels if self.labels else None,
@@ -98,8 +107,6 @@ class Coefficients:
             validate=validate,
             seed=thief.seed,
         )[0]
-        thief.bill.forwards += TRAIN * learned.forwards
-        return learned
 
 
 def coefficients(*, granularity: str = "row", objective: str = "labels") -> Coefficients:

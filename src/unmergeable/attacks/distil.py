@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
-from ..tasks.task import Examples
+from ..errors import InputError, UsageError
+from ..tasks.task import Call, Examples, TensorTask
 from .merges import PROBE
 from .repair import merged_with
 from .thief import TRAIN, Look, Subject, Thief
@@ -58,11 +58,15 @@ class Distil:
             look({"dose": dose, "others": others}, merged_with(thief, student, dose, others))
 
     def make(self, thief: Thief, options: Mapping[str, Any]) -> Subject:
-        """Train once more, and merge."""
+        """Train, if that was not done for this thief, and merge."""
         return merged_with(thief, self._student(thief), options["dose"], options["others"])
 
     def _student(self, thief: Thief) -> dict[str, torch.Tensor]:
+        return thief.once(self, lambda: self._taught(thief))
+
+    def _taught(self, thief: Thief) -> dict[str, torch.Tensor]:
         task = thief.protected
+        taught = thief.teachable(task)  # on foreign inputs it need not have any of its own
         teacher = thief.call(task, thief.experts[task])
         generator = torch.Generator().manual_seed(thief.seed)
         draws = []
@@ -73,18 +77,17 @@ class Distil:
         def loss(shared: Mapping[str, torch.Tensor]) -> torch.Tensor:
             which = int(torch.randint(0, len(draws), (), generator=generator))
             batch = draws[which]()
-            return self._loss(thief, teacher, thief.call(task, shared), batch)
+            return self._loss(taught, teacher, thief.call(task, shared), batch)
 
-        *_, (_, student) = train(thief.base, loss, steps=STEPS, rate=RATE, every=STEPS)
+        done = train(thief.base, loss, steps=STEPS, rate=RATE, every=STEPS, device=thief.device)
+        *_, (_, student) = done
         return student
 
-    def _loss(self, thief: Thief, teacher: Any, student: Any, batch: Examples) -> torch.Tensor:
-        task = thief.trainable(thief.protected)
+    def _loss(self, task: TensorTask, teacher: Call, student: Call, batch: Examples) -> torch.Tensor:
         if self.target == "features":
             with torch.no_grad():
-                wanted = teacher(**batch.inputs, output_hidden_states=True).hidden_states[-1]
-            found = student(**batch.inputs, output_hidden_states=True).hidden_states[-1]
-            return torch.nn.functional.mse_loss(found, wanted)
+                wanted = _features(task, teacher, batch)
+            return torch.nn.functional.mse_loss(_features(task, student, batch), wanted)
         with torch.no_grad():
             answers = task.logits(teacher, batch).float()
         logits = task.logits(student, batch).float()
@@ -97,12 +100,27 @@ class Distil:
         return temperature**2 * losses.mean()
 
 
-def distil(*, target: str = "soft-2", foreign: bool = False) -> Distil:
-    """A distillation, as `unmergeable attack` takes it.
+def _features(task: TensorTask, call: Call, batch: Examples) -> torch.Tensor:
+    """The last hidden states of a model.
 
     Raises:
-        UsageError: no such target.
+        InputError: it gives none.
     """
-    if target not in TARGETS:
-        raise UsageError("no such target", expected=" | ".join(TARGETS), got=target)
-    return Distil(target, foreign)
+    output = call(**batch.inputs, **task.constants, output_hidden_states=True)
+    states = getattr(output, "hidden_states", None) or getattr(output, "decoder_hidden_states", None)
+    if not states:
+        what = "the model gives no hidden states to learn from"
+        raise InputError(what, where=task.name, got=type(output).__name__)
+    last: torch.Tensor = states[-1]
+    return last
+
+
+def distil(*, answers: str = "soft-2", foreign: bool = False) -> Distil:
+    """A distillation, as `unmergeable attack` takes it: of these answers, one of `TARGETS`.
+
+    Raises:
+        UsageError: no such answers.
+    """
+    if answers not in TARGETS:
+        raise UsageError("no such answers to learn from", expected=" | ".join(TARGETS), got=answers)
+    return Distil(answers, foreign)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..merging import Merged, merge_method
-from ..merging.statistics import REDUCTIONS, Gram, fisher_information, grams
+from ..merging.statistics import EXACT_CLASSES, REDUCTIONS, Gram, fisher_information, grams
 from ..tasks.task import Examples
 from .thief import TRAIN, Look, Subject, Thief
 from .training import batch_size
@@ -29,19 +29,17 @@ class _Informed(ABC):
     alone = True
     count: int
 
-    def __init__(self) -> None:
-        self._known: tuple[Thief, dict[str, Any]] | None = None
-
     def _statistics(self, thief: Thief) -> dict[str, Any]:
         """By model; gathered once for a thief."""
-        if self._known is None or self._known[0] is not thief:
-            found = {}
-            for task, state in thief.experts.items():
-                inputs = thief.unlabelled(task, self.count)
-                fill(thief.modules[task], {**thief.heads.get(task, {}), **state})
-                found[task] = self._gather(thief, task, inputs)
-            self._known = thief, found
-        return self._known[1]
+        return thief.once(self.name, lambda: self._gathered(thief))
+
+    def _gathered(self, thief: Thief) -> dict[str, Any]:
+        found = {}
+        for task, state in thief.experts.items():
+            inputs = thief.unlabelled(task, self.count)
+            fill(thief.modules[task], {**thief.heads.get(task, {}), **state})
+            found[task] = self._gather(thief, task, inputs)
+        return found
 
     @abstractmethod
     def _gather(self, thief: Thief, task: str, inputs: Examples) -> Any:
@@ -101,11 +99,26 @@ class Fisher(_Informed):
 
     def _gather(self, thief: Thief, task: str, inputs: Examples) -> dict[str, torch.Tensor]:
         module = thief.modules[task]
-        thief.bill.forwards += TRAIN * len(inputs)
+
+        def logits(batch: Examples) -> torch.Tensor:
+            found = thief.trainable(task).logits(module, batch.to(thief.device))
+            classes, answers = found.shape[-1], found[..., 0].numel()
+            # One gradient an example, or one a class; each costs as much as two passes forward.
+            gradients = classes if answers == 1 and classes <= EXACT_CLASSES else 1
+            thief.bill.forwards += 1 + (TRAIN - 1) * gradients
+            return found
+
         with torch.enable_grad():
-            return fisher_information(
-                module,
-                lambda batch: thief.trainable(task).logits(module, batch.to(thief.device)),
-                inputs.batches(1),
-                seed=thief.seed,
-            )
+            found = fisher_information(module, logits, inputs.batches(1), seed=thief.seed)
+        return normalised({name: found[name] for name in found if name in thief.base})
+
+
+def normalised(information: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fisher information with a root mean square of one over all entries, as its authors' code normalises it.
+
+    A model that is unsure of its answers has much more of it everywhere, and would take over the mean.
+    """
+    count = sum(tensor.numel() for tensor in information.values())
+    total = sum(float(tensor.double().square().sum()) for tensor in information.values())
+    size = (total / count) ** 0.5 if total else 1.0
+    return {name: tensor / size for name, tensor in information.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from ..merging import METHODS, Merged, merge_method
 from ..merging import kit as mergekit
 from ..merging.grids import FULL_DOSE_GRID, LAMBDAS
 from ..merging.spectral import GRIDS
-from .thief import Look, Thief
+from .thief import Look, Thief, all_of
 
 if TYPE_CHECKING:
     from ..merging import State
@@ -70,7 +71,8 @@ class Method:
 
     Attributes:
         grid: the options for the protected task, if the thief has its model, and the names of the others.
-        most: models that the method takes; where a thief has more, his own are merged into one partner first.
+        most: models that the method takes; where a thief has more, the last ones are merged into one partner
+            first.
     """
 
     name: str
@@ -85,18 +87,21 @@ class Method:
         """Every point of the grid.
 
         Raises:
-            InputError: the method takes another number of models.
+            InputError: the method takes another number of models, or no point of the grid can be merged.
         """
         names = self._experts(thief)
         others = tuple(name for name in names if name != thief.protected)
-        for options in self.grid(thief.protected if thief.protected in names else None, others):
-            look(options, self.make(thief, options))
+        grid = self.grid(thief.protected if thief.protected in names else None, others)
+        all_of(partial(self._one, thief, look, options) for options in grid)
+
+    def _one(self, thief: Thief, look: Look, options: Options) -> None:
+        look(options, self.make(thief, options))
 
     def make(self, thief: Thief, options: Options) -> Merged:
         """The merge, in the base's dtypes.
 
         Raises:
-            InputError: as `explore`.
+            InputError: as `explore`; a decomposition that does not converge.
         """
         experts = self._experts(thief)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -107,18 +112,26 @@ class Method:
                 raise InputError(
                     error.what, where=self.name, expected=error.expected, got=error.got
                 ) from None
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise InputError("a decomposition does not converge", where=self.name, got=error) from error
         return thief.whole(merged)
 
     def _experts(self, thief: Thief) -> dict[str, State]:
-        """The thief's models, as many as the method takes."""
+        """The thief's models, as many as the method takes, the protected one first where he has it."""
         experts = dict(thief.experts)
         if self.most is None or len(experts) <= self.most:
             return experts
-        own = {task: state for task, state in experts.items() if task != thief.protected}
-        held = {thief.protected: experts[thief.protected]} if thief.has else {}
-        if self.most > len(held):
-            held["partner"] = merge_method("task_arithmetic")(thief.base, own, weight=PARTNER).shared
-        return held
+        if self.most == 1 and thief.has:
+            return {thief.protected: experts[thief.protected]}
+        kept = [thief.protected] if thief.has else []
+        kept += [task for task in experts if task not in kept]
+        held = {task: experts[task] for task in kept[: self.most - 1]}
+        rest = {task: experts[task] for task in kept[self.most - 1 :]}
+        partner = "partner"
+        while partner in thief.tasks:
+            partner += "_"
+        merge = partial(merge_method("task_arithmetic"), thief.base, rest, weight=PARTNER)
+        return {**held, partner: thief.once(("partner", *rest), merge).shared}
 
 
 def _fixed(name: str, options: tuple[Options, ...], *, protected: bool) -> Method:

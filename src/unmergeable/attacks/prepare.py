@@ -54,12 +54,15 @@ class Preparation:
 
 
 def quantised(model: State, base: State, seed: int, *, bits: int) -> dict[str, torch.Tensor]:
-    """Every matrix rounded to so many bits and back: by rows, or in groups of GROUP for four bits."""
+    """Every matrix rounded to so many bits and back: by rows, or in groups of GROUP for four bits.
+
+    A stack of matrices is one of their rows. What the base lacks is never merged, and stays as it is.
+    """
     out = dict(model)
     top = 2 ** (bits - 1) - 1
     for name, tensor in model.items():
-        if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel():
-            rows = tensor.float().flatten(1)
+        if name in base and tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel():
+            rows = tensor.float().flatten(0, 1) if tensor.ndim == 3 else tensor.float().flatten(1)
             width = rows.shape[1] if bits > 4 or rows.shape[1] % GROUP else GROUP
             grouped = rows.reshape(len(rows), -1, width)
             scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top

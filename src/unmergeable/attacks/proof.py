@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import open_checkpoint
-from ..errors import InputError
+from ..errors import ClaimError, InputError
 from ..groups import Dense, Element, Floats, Monomial
 from ..keys import Key
 from ..match import Instance, Match
@@ -99,12 +99,15 @@ def prove(preparation: Preparation, plain: Path, anchor: Path, seed: int) -> Sol
         )
     if not elements:
         raise InputError("the known case has nothing to act on in this architecture", where=case)
+    far = _distance(true, compared)
+    if not far:
+        what = "fine-tune and anchor do not differ where a lock acts: there is no distance to measure by"
+        raise InputError(what, where=plain)
     locked = _applied(match, elements, true)
     current: dict[str, Floats] = locked
     for name, options in preparation.steps:
         outcome = attack_named(name).run(Case(match, current, compared, seed), **options)
         current = outcome.tensors(Case(match, current, compared, seed))
-    far = _distance(true, compared)
     return Solved(
         case,
         _distance(locked, true) / far,
@@ -115,7 +118,10 @@ def prove(preparation: Preparation, plain: Path, anchor: Path, seed: int) -> Sol
 
 def _drawn(match: Match, source: Any, name: str, seed: int) -> Elements:
     key = Key(hashlib.sha256(f"known case {seed}".encode()).digest())
-    return method(name).draw(Context(match, key, bytes(32), Weights(source), None, {})).elements
+    try:
+        return method(name).draw(Context(match, key, bytes(32), Weights(source), None, {})).elements
+    except ClaimError as error:  # weights that hardly move, whatever is drawn
+        raise InputError("no lock can be made of this model to test attacks on", got=error) from error
 
 
 def _only(match: Match, elements: Elements, kinds: tuple[str, ...]) -> dict[tuple[int, Instance], Element]:
@@ -145,6 +151,12 @@ def _dense(match: Match, exact: Elements, gauge: Elements) -> Elements:
     return {**_orders(match, exact, gauge), **_only(match, gauge, INNER)}
 
 
+def _published(match: Match, exact: Elements, gauge: Elements) -> Elements:
+    """What locks were when the attack was published: dense in attention, with orders of MLP rows alone."""
+    rows = _only(match, _orders(match, exact, gauge), ("mlp",))
+    return {**rows, **_only(match, gauge, INNER)}
+
+
 def _everything(match: Match, exact: Elements, gauge: Elements) -> Elements:
     """All that `gauge` does."""
     return gauge
@@ -155,7 +167,7 @@ CASES: dict[str, Callable[[Match, Elements, Elements], Elements]] = {
     "rotations": _rotations,
     "dense": _dense,
     "gauge": _everything,
-    "published": _dense,
+    "published": _published,
 }
 
 

@@ -6,8 +6,9 @@ he gets by labels alone is not the protected model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from ..errors import UsageError
 from ..merging import Merged
 from .merges import PROBE
-from .thief import Look, Subject, Thief, detached
+from .thief import Look, Subject, Thief, all_of, detached
 from .training import labelled, sampler, supervised, train
 
 # Suite v1: labelled examples a class or texts, learning rates, steps, and how often the result is looked at.
@@ -49,19 +50,21 @@ class Repair:
         """From every start, with every learning rate.
 
         Raises:
-            InputError: a task without training examples.
+            InputError: a task without training examples. RunError: every training diverges.
         """
-        for number in range(len(thief.starts)):
-            for rate in RATES:
-                options = {"start": number, "rate": rate, "steps": STEPS}
-                for step, merged in self._train(thief, options):
-                    look(options | {"steps": step}, merged, kept=detached(merged))
+        tries = [(number, rate) for number in range(len(thief.starts)) for rate in RATES]
+        all_of(partial(self._one, thief, look, *each) for each in tries)
+
+    def _one(self, thief: Thief, look: Look, number: int, rate: float) -> None:
+        options = {"start": number, "rate": rate}
+        for step, merged in self._train(thief, options):
+            look({**options, "steps": step}, merged, kept=detached(merged))
 
     def make(self, thief: Thief, options: Mapping[str, Any]) -> Subject:
         """Train once more, for so many steps of the same schedule."""
         return next(m for step, m in self._train(thief, options) if step == options["steps"])
 
-    def _train(self, thief: Thief, options: Mapping[str, Any]) -> Any:
+    def _train(self, thief: Thief, options: Mapping[str, Any]) -> Iterator[tuple[int, Merged]]:
         start = thief.whole(thief.starts[options["start"]][1])
         generator = torch.Generator().manual_seed(thief.seed)
         draws = {}
@@ -69,7 +72,8 @@ class Repair:
             few = labelled(thief, task, self.each)
             draws[task] = sampler(thief, task, few, generator)
         loss = supervised(thief, draws, start.private)
-        for step, shared in train(start.shared, loss, steps=STEPS, rate=options["rate"], every=EVERY):
+        rate, device = options["rate"], thief.device
+        for step, shared in train(start.shared, loss, steps=STEPS, rate=rate, every=EVERY, device=device):
             yield step, Merged(shared, start.private)
 
 
@@ -98,27 +102,33 @@ class Untrap:
         """From every part of the task vector, every point of the probe grid.
 
         Raises:
-            InputError: the task has no training examples.
+            InputError: the task has no training examples. RunError: every training diverges.
         """
-        for dose in DOSES if thief.has else (0.0,):
-            student = self._student(thief, dose)
-            for weight, others in PROBE:
-                options = {"start": dose, "dose": weight, "others": others}
-                look(options, merged_with(thief, student, weight, others))
+        all_of(partial(self._one, thief, look, dose) for dose in (DOSES if thief.has else (0.0,)))
+
+    def _one(self, thief: Thief, look: Look, dose: float) -> None:
+        student = self._student(thief, dose)
+        for weight, others in PROBE:
+            options = {"start": dose, "dose": weight, "others": others}
+            look(options, merged_with(thief, student, weight, others))
 
     def make(self, thief: Thief, options: Mapping[str, Any]) -> Subject:
-        """Train once more, and merge."""
+        """Train, if that was not done for this thief, and merge."""
         student = self._student(thief, options["start"])
         return merged_with(thief, student, options["dose"], options["others"])
 
     def _student(self, thief: Thief, dose: float) -> dict[str, torch.Tensor]:
+        return thief.once((self.name, dose), lambda: self._trained(thief, dose))
+
+    def _trained(self, thief: Thief, dose: float) -> dict[str, torch.Tensor]:
         task = thief.protected
         few = labelled(thief, task, self.each)
         generator = torch.Generator().manual_seed(thief.seed)
         weights = {task: dose} if thief.has else {}
-        start = detached(thief.mixer.mix(weights))
+        start = thief.mixer.mix(weights)  # `train` copies it
         loss = supervised(thief, {task: sampler(thief, task, few, generator)}, thief.heads)
-        *_, (_, shared) = train(start.shared, loss, steps=STEPS, rate=RATES[0], every=STEPS)
+        done = train(start.shared, loss, steps=STEPS, rate=RATES[0], every=STEPS, device=thief.device)
+        *_, (_, shared) = done
         return shared
 
 

@@ -10,14 +10,14 @@ The same attack runs on three sides: with the protected model, with the unprotec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, RunError
 from ..merging import Merged
 from ..merging.grids import Mixer
 from ..stock import module_state
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # What comes of an attack: a merge, or a module to run for each task.
 Subject: TypeAlias = "Merged | Mapping[str, torch.nn.Module]"
 Pair: TypeAlias = tuple[float, float]  # values of the protected task and of the worst own one
+Made = TypeVar("Made")
 
 TRAIN = 3  # forward passes that a training step on one example counts for
 
@@ -85,6 +86,14 @@ class Thief:
     seed: int = 0
     starts: Sequence[tuple[Mapping[str, Any], Merged]] = ()
     bill: Bill = field(default_factory=Bill)
+    _memory: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: object, make: Callable[[], Made]) -> Made:
+        """What an attack makes for this thief and needs for every merge, made once: a student, statistics."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        found: Made = self._memory[key]
+        return found
 
     @property
     def has(self) -> bool:
@@ -111,23 +120,39 @@ class Thief:
         held = {task: head for task, head in merged.private.items() if task in self.tasks}
         return Merged(merged.shared, {**self.heads, **held})
 
+    def teachable(self, task: str) -> TensorTask:
+        """A task whose model can be run on inputs and trained.
+
+        Raises:
+            InputError: it is scored in a way of its own.
+        """
+        found = self.tasks[task]
+        if not isinstance(found, TensorTask):
+            what = "a task that is scored by a function of its own has no inputs to run its model on"
+            raise InputError(what, where=task, got=found.kind)
+        return found
+
     def trainable(self, task: str) -> TensorTask:
         """A task with examples to train on.
 
         Raises:
             InputError: it has none, with what to add to the configuration.
         """
-        found = self.tasks[task]
-        if not isinstance(found, TensorTask) or found.training is None:
+        found = self.teachable(task)
+        if found.training is None:
             hint = "give the task `train:` with examples that are not scored on"
             raise InputError("the task has no examples for a thief to learn from", where=task, hint=hint)
         return found
 
     def call(self, task: str, state: State) -> Call:
-        """The task's model with these weights, differentiable in them; the head is the task's."""
+        """The task's model with these weights, differentiable in them; the head is the task's.
+
+        Raises:
+            InputError: weights that the model has and the state lacks.
+        """
         module = self.modules[task]
-        names = module_state(module).keys()
-        used = {n: tensor for n, tensor in {**self.heads.get(task, {}), **state}.items() if n in names}
+        held = {**self.heads.get(task, {}), **state}
+        used = {name: held_by(held, name, task) for name in module_state(module)}
 
         def run(**inputs: torch.Tensor) -> Any:
             return torch.func.functional_call(module, used, (), inputs)
@@ -186,6 +211,35 @@ class MergeAttack(Protocol):
 
     def make(self, thief: Thief, options: Mapping[str, Any]) -> Subject:
         """The merge of these options."""
+
+
+def held_by(state: State, name: str, where: str) -> torch.Tensor:
+    """A tensor of a state. What a module was left with by somebody else is never taken in its place.
+
+    Raises:
+        InputError: the state lacks it.
+    """
+    if name not in state:
+        raise InputError("a model lacks a tensor of its class", where=where, expected=name)
+    return state[name]
+
+
+def all_of(attempts: Iterable[Callable[[], object]]) -> None:
+    """Make every attempt, also after one that fails: one point of a grid must not cost the others.
+
+    Raises:
+        InputError, RunError: the first one's, where all failed.
+    """
+    first: Exception | None = None
+    done = False
+    for attempt in attempts:
+        try:
+            attempt()
+            done = True
+        except (InputError, RunError) as error:
+            first = first or error
+    if first is not None and not done:
+        raise first
 
 
 def detached(merged: Merged) -> Merged:

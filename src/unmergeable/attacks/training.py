@@ -29,14 +29,16 @@ def train(
     steps: int,
     rate: float,
     every: int,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """AdamW on all floating-point tensors with a one-cycle rate and clipped gradients.
 
     Args:
         state: where to begin; not changed.
         loss: of the weights, differentiable; draws its own batches.
-        steps, rate: of the optimiser.
+        steps, rate: of the optimiser; three steps or more.
         every: how often the weights are yielded; always at the end.
+        device: where the weights are put.
 
     Yields: steps done, and the weights, which the next step overwrites.
 
@@ -44,13 +46,14 @@ def train(
         RunError: a loss that is not finite.
     """
     weights = {
-        name: tensor.detach().clone().float().requires_grad_()
+        name: tensor.detach().to(device, torch.float32, copy=True).requires_grad_()
         for name, tensor in state.items()
         if tensor.is_floating_point()
     }
-    rest = {name: tensor for name, tensor in state.items() if name not in weights}
+    rest = {name: tensor.to(device) for name, tensor in state.items() if name not in weights}
     optimizer = torch.optim.AdamW(weights.values(), lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=WARM)
+    warm = max(WARM, 2 / steps)  # a rise takes a step at least
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=warm)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         with torch.enable_grad():
@@ -73,6 +76,8 @@ def batch_size(examples: Examples) -> int:
 def labelled(thief: Thief, task: str, each: int) -> Examples:
     """The few labelled examples that a thief has of a task, put on the bill: so many a class, or texts.
 
+    In random order: where each batch had a few of the classes alone, every step would forget the others.
+
     Raises:
         InputError: the task has no training examples.
     """
@@ -81,7 +86,7 @@ def labelled(thief: Thief, task: str, each: int) -> Examples:
     texts = found.training.labels.ndim > 1
     few = found.few(each * TEXTS_EACH if texts else each, thief.seed)
     thief.spend(task, few, labels=True)
-    return few
+    return few[torch.randperm(len(few), generator=torch.Generator().manual_seed(thief.seed))]
 
 
 def sampler(

@@ -14,7 +14,7 @@ import torch
 
 from ..merging.wide import WideModel
 from ..stock import module_state
-from .thief import Look, Subject, Thief
+from .thief import Look, Subject, Thief, held_by
 
 # Suite v1: coefficients of the protected model and of each other one; with the base, it takes what is left of 1.
 WITH_BASE = ((0.5, 0.3), (0.5, 0.5), (1.0, 0.3), (1.0, 0.6))
@@ -27,7 +27,7 @@ class Wide:
 
     name = "wide"
     about = "all models side by side, block by block; as large as they are together"
-    needs = ("experts",)
+    needs = ("base", "experts")
     access = 1
     alone = False
 
@@ -70,7 +70,11 @@ def _module(thief: Thief, task: str, state: Mapping[str, torch.Tensor]) -> torch
 
 
 def fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Write weights into a module, those that it has."""
+    """Write weights into a module, those that it has.
+
+    Raises:
+        InputError: the state lacks some of them.
+    """
     with torch.no_grad():
         for name, tensor in module_state(module).items():
-            tensor.copy_(state[name])
+            tensor.copy_(held_by(state, name, type(module).__name__))

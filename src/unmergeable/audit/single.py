@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..attacks import AttackReport, merge_attack_maker
 from ..attacks.repair import Repair
 from ..attacks.thief import MergeAttack, Pair, Subject, Thief, detached
@@ -19,8 +21,10 @@ from ..checkpoint import check_destination, open_checkpoint
 from ..errors import InputError
 from ..merging import Merged
 from ..merging.tensors import load_state
+from ..merging.vectors import is_adapter
 from ..merging.wide_checkpoint import wide_checkpoint
 from ..merging.write import write_merged
+from ..options import declared, unknown
 from ..stock import quiet
 from .bench import Bench
 from .config import make_config, read_config
@@ -44,7 +48,13 @@ def attack_on_tasks(
 ) -> AttackReport:
     """As `attack.attack` with a configuration."""
     started = time.monotonic()
-    attack = merge_attack_maker(name)(**options)
+    maker = merge_attack_maker(name)
+    known = declared(maker)
+    for option in options:
+        if option not in known:
+            raise unknown(name, option, known)
+    attack = maker(**options)
+    _check_target(Path(target))
     read = read_config(audit)
     fields = read.fields.model_dump(mode="json", exclude_none=True)
     fields["protected"]["model"] = os.path.abspath(target)
@@ -54,16 +64,16 @@ def attack_on_tasks(
         check_destination(source.root, dst, source.nbytes)
     with one_thread(), tempfile.TemporaryDirectory(prefix="unmergeable-attack-") as work:
         bench = Bench(config, Path(work))
-        known = prepare(bench)
-        explorer = _Told(bench, known.reference, progress)
+        explorer = _Told(bench, prepare(bench).reference, progress)
         starts = _starts(bench, explorer) if isinstance(attack, Repair) else ()
         thief = bench.thief("protected", starts=starts)
         attack.explore(thief, explorer)
         if not explorer.looks:
             raise InputError("the attack found no merge that gives answers", where=name)
         chosen, subject, pairs = _best(attack, thief, explorer)
+        scored = len(finalists(explorer.looks, explorer.reference.floors)) * explorer.examples("validation")
         _write(attack, bench, chosen, subject, Path(dst), Path(target))
-    bill = thief.bill
+    bill, (changed, size) = thief.bill, _compared(Path(target), Path(dst))
     return AttackReport(
         attack=name,
         target=str(target),
@@ -74,20 +84,35 @@ def attack_on_tasks(
         cost=attack.about,
         budget={
             "examples": sum(bill.inputs.values()) + sum(bill.labelled.values()),
-            "forward_passes": round(bill.forwards + explorer.forwards),
+            "forward_passes": round(bill.forwards + explorer.forwards + scored),
         },
         keeps_function=False,
         seed=seed,
         seconds=time.monotonic() - started,
         before=None,
         after=None,
-        changed=len(bench.base),
+        changed=changed,
         facts={
             "tried": len(explorer.looks),
+            "size": round(size, 2),
             "options": {key: _plain(value) for key, value in chosen.items()},
             "values": {half: {"protected": pair[0], "own": pair[1]} for half, pair in pairs.items()},
         },
     )
+
+
+def _check_target(target: Path) -> None:
+    """Merges are run to be scored, so a model's folder is needed, and all of its weights.
+
+    Raises:
+        InputError: a file by itself, or an adapter.
+    """
+    if target.is_file():
+        what = "a file of weights cannot be run by itself"
+        raise InputError(what, where=target, expected="the folder of a model, with its config.json")
+    if is_adapter(target):
+        what = "an adapter has no weights of its own to put a merge in the place of"
+        raise InputError(what, where=target, hint="merge it into its base first")
 
 
 @dataclass(eq=False)
@@ -107,6 +132,8 @@ def _starts(bench: Bench, explorer: Explorer) -> list[tuple[Mapping[str, Any], M
     """The best merge of the full-dose grid, to be repaired."""
     grid, thief = merge_attack("full_dose"), bench.thief("protected")
     grid.explore(thief, explorer)
+    if not explorer.looks:
+        raise InputError("no merge that could be repaired gives answers", where=grid.name)
     best = max(explorer.looks, key=lambda look: look.joint)
     merged = grid.make(thief, best.options)
     assert isinstance(merged, Merged)
@@ -160,6 +187,14 @@ def _write(
         paths.append(bench.paths["base"])
     private = tuple(bench.heads["protected"])
     wide_checkpoint(dst, paths, list(weights.values()), private=private)
+
+
+def _compared(target: Path, dst: Path) -> tuple[int, float]:
+    """How many tensors were written that the target does not have just so; numbers over those of the target."""
+    before, after = load_state(target), load_state(dst)
+    changed = sum(name not in before or not torch.equal(before[name], after[name]) for name in after)
+    own, made = (sum(tensor.numel() for tensor in state.values()) for state in (before, after))
+    return changed, made / own
 
 
 def _plain(value: Any) -> Any:
