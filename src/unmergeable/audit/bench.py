@@ -6,6 +6,8 @@ head of a classifier) is taken out of the base, so that nothing merges it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from ..attacks import attack
 from ..attacks.prepare import COLLUDE, OTHER, preparation
 from ..attacks.thief import Subject, Thief
 from ..attacks.wide import fill
+from ..checkpoint.problems import Problems
 from ..errors import InputError, RunError
 from ..merging import Merged
 from ..merging.grids import free_memory
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 HALVES = ("screen", "validation", "test")
 CLASSIFIERS = ("image-classification", "text-classification")
+# Fields of a model's configuration that say where it is from, or how it was stored.
+_ASIDE = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 class Bench:
@@ -50,6 +55,8 @@ class Bench:
         base: without what is private. models: "protected", "plain" and, by task, the others.
         heads: by the same names, what is private to each.
         paths: of all models, as folders that stock classes open.
+        hashes: by role, SHA-256 of its tensors, the base's without what is private. settings: by task, that of
+            the configuration that models are run with.
 
     Raises:
         InputError: models or data that cannot be used.
@@ -62,7 +69,7 @@ class Bench:
         self.protected = config.fields.protected.task
         self.others = tuple(config.fields.others)
         work.mkdir(parents=True, exist_ok=True)
-        self.paths = {role: self._folder(role, config.path(written)) for role, written in config.models()}
+        self.paths = {role: self._folder(config.path(written)) for role, written in config.models()}
         self.tasks: dict[str, Task] = {
             name: open_task(
                 name,
@@ -76,12 +83,12 @@ class Bench:
         self._load()
         self._prepared: tuple[tuple[Side, str], dict[str, torch.Tensor]] | None = None
 
-    def _folder(self, role: str, path: Path) -> Path:
+    def _folder(self, path: Path) -> Path:
         """A model as a folder that its stock class opens: an adapter is folded into its base."""
         if not is_adapter(path):
             return path
-        folded = self.work / "adapters" / role
         base = self.config.path(self.config.fields.base)
+        folded = self.work / "adapters" / hashlib.sha256(str(path).encode()).hexdigest()[:16]
         if not folded.exists():
             folded.parent.mkdir(parents=True, exist_ok=True)
             once(folded, lambda: write_merged(folded, load_model(path, load_state(base)), base))
@@ -94,20 +101,52 @@ class Bench:
             role: {n: t.clone() for n, t in rename_like(reference, module_state(module))[0].items()}
             for role, module in modules.items()
         }
+        self._check(states, modules)
         self.modules = self._shared({name: modules[self._role(name)] for name in self.tasks})
         base = states.pop("base")
         private = self._private(base, states, modules)
         self.base = {name: tensor for name, tensor in base.items() if name not in private}
+        if not self.base:
+            raise InputError("nothing of the base is left to merge", where=f"{self.config.where}: private")
         self.heads: dict[str, dict[str, torch.Tensor]] = {}
         self.models: dict[str, dict[str, torch.Tensor]] = {}
         for role, state in states.items():
             self.heads[role] = {name: tensor for name, tensor in state.items() if name not in self.base}
             self.models[role] = state
         split(self.base, self.models)  # refuses bodies and vocabularies that differ, before any work
+        self.hashes = {
+            "base": digest(self.base),
+            **{role: digest(state) for role, state in self.models.items()},
+        }
+        self.settings = {task: _settings(modules[self._role(task)]) for task in self.tasks}
         self.distances = {role: distance(self.base, state) for role, state in self.models.items()}
         self.parameters = {
             role: sum(t.numel() for t in state.values()) for role, state in {"base": base, **states}.items()
         }
+
+    def _check(self, states: Mapping[str, State], modules: Mapping[str, torch.nn.Module]) -> None:
+        """Refuse what cannot be run in the modules: all models of the protected task in the protected one's."""
+        problems = Problems(self.config.where)
+        released = {name: list(tensor.shape) for name, tensor in states["protected"].items()}
+        for role, state in states.items():
+            if role == "plain" or role.startswith(RELEASE):
+                shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+                unlike = [name for name in released | shapes if released.get(name) != shapes.get(name)]
+                if unlike:
+                    problems.add(
+                        "another model than the protected one: a tensor has another shape",
+                        where=f"{role}: {unlike[0]}",
+                        expected=released.get(unlike[0], "none"),
+                        got=shapes.get(unlike[0], "none"),
+                    )
+            elif role in self.others and not module_state(modules[role]).keys() <= state.keys():
+                problems.add(
+                    "of another class than the protected model",
+                    where=role,
+                    expected=type(modules["protected"]).__name__,
+                    got=type(modules[role]).__name__,
+                )
+        problems.raise_any()
 
     def _role(self, task: str) -> str:
         return "protected" if task == self.protected else task
@@ -140,7 +179,7 @@ class Bench:
                         "no tensor begins with this", where=f"{self.config.where}: private", got=beginning
                     )
                 found |= named
-        elif all(task.kind in CLASSIFIERS for task in self.tasks.values()):
+        elif any(task.kind in CLASSIFIERS for task in self.tasks.values()):
             found |= {name for name in base if not _in_body(name, modules["protected"])}
         return found
 
@@ -232,6 +271,24 @@ def _attacking(
     return lambda: attack(step, source, target, base=anchor, seed=seed, **options)
 
 
+def digest(state: State) -> str:
+    """SHA-256 of names, shapes and values of a model."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        found.update(tensor.flatten().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _settings(module: torch.nn.Module) -> str:
+    """SHA-256 of a model's configuration, but for what does not change its answers."""
+    config: Any = getattr(module, "config", None)
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    kept = {name: value for name, value in fields.items() if name not in _ASIDE and name[:1] != "_"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def once(target: Path, make: Any) -> None:
     """Make a folder that appears whole or not at all, where another worker may be making it too."""
     try:
@@ -270,7 +327,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        placed = torch.zeros(1, device=name)
+        placed.cpu()  # a device without memory cannot run anything
+        return placed.device
     except (RuntimeError, AssertionError) as error:
         said = str(error).partition("\n")[0]
         raise InputError("the device cannot be used", where=name, got=said) from None
@@ -282,7 +341,10 @@ def estimate(config: Config, workers: int) -> tuple[int, int]:
     Every worker, and this process while it prepares, has all models in float32, a mixer's task vectors of them,
     the modules that they run in and two merges.
     """
-    sizes = [_numbers(config.path(written)) for _, written in config.models()]
+    base = _numbers(config.path(config.fields.base))
+    paths = [config.path(written) for _, written in config.models()]
+    # An adapter is a whole model once it is folded into the base.
+    sizes = [_numbers(path) + (base if is_adapter(path) else 0) for path in paths]
     largest = max(sizes)
     models = 2 * sum(sizes) + largest * (len(config.tasks) + 4)
     return 4 * models * (workers + (workers > 1)), free_memory(torch.device("cpu"))

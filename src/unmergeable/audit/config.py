@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field
 
 from ..checkpoint.files import open_regular
-from ..checkpoint.problems import Problems
+from ..checkpoint.problems import Problems, quoted
 from ..errors import InputError
 from ..tasks.fields import Fields, Function, TaskFields
 from ..tasks.parsing import try_fields
@@ -19,6 +19,8 @@ from .rows import LEVELS
 
 ROLES = ("base", "protected", "plain")  # of models; others are called by their task
 RELEASE = "release "  # what further releases of the protected model are called, before their number
+# What tasks cannot be called: models that are no task's go by these names, here or among an attack's models.
+RESERVED = (*ROLES, "partner", "")
 MOST_BYTES = 1 << 20
 
 
@@ -73,9 +75,14 @@ class Config:
         return (self.fields.protected.task, *self.fields.others)
 
     @property
+    def levels(self) -> tuple[int, ...]:
+        """Levels of access, each once, from the lowest."""
+        return tuple(sorted(set(self.fields.levels)))
+
+    @property
     def top(self) -> int:
         """The highest level of access."""
-        return max(self.fields.levels)
+        return self.levels[-1]
 
     def models(self) -> Iterator[tuple[str, str]]:
         """What every model is for, and its path as written: "base", "protected", "plain", then the others."""
@@ -124,15 +131,29 @@ def _load(where: Path) -> Any:
     if len(text) > MOST_BYTES:
         raise InputError("too large for a configuration", where=where, expected=f"at most {MOST_BYTES} bytes")
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())[:300]
         raise InputError("the configuration is not YAML", where=where, got=said) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is defined: of two entries of one name, the first would go unnoticed."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the name {quoted(key.value)} stands here twice"
+                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _check_names(config: Config, problems: Problems) -> None:
     fields = config.fields
-    for level in fields.levels:
+    for level in sorted(set(fields.levels)):
         if level not in LEVELS:
             expected = ", ".join(f"{number} ({text})" for number, text in LEVELS.items())
             problems.add("no such level of access", where="levels", expected=expected, got=level)
@@ -146,8 +167,8 @@ def _check_names(config: Config, problems: Problems) -> None:
             "the protected task is also one of the thief's own", where=f"others.{fields.protected.task}"
         )
     for task in config.tasks:
-        if task in ROLES or task.startswith(RELEASE):  # models go by their task, and these are others' names
-            expected = f"a name that is none of {', '.join(ROLES)}"
+        if task in RESERVED or task.startswith(RELEASE):  # models go by their task: these are others' names
+            expected = f"a name that is none of {', '.join(filter(None, RESERVED))}"
             problems.add("a task cannot be called so", where=f"tasks.{task}", expected=expected, got=task)
     for task in fields.tasks:
         if task not in config.tasks:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from ..attacks.prepare import PREPARATIONS
 from .jobs import PROOF
 from .results import Requirement
-from .rows import LEVELS, Row, Side
+from .rows import Row, Side
 from .scores import Level, Reference
 from .suite import STANDS_ON
 
 # An unprotected merge must reach this worse of both values before a merge method's failure says anything.
 WORKS = 0.1
+# Preparations with a known case.
+PROVEN = frozenset(one.name for one in PREPARATIONS if one.solves)
 
 
 def controlled(rows: list[Row], reference: Reference) -> list[Row]:
@@ -40,26 +43,40 @@ def controlled(rows: list[Row], reference: Reference) -> list[Row]:
                     f"merges of the unprotected model reach {got} of both tasks, where {needed:.2f} shows that "
                     "the attack works at all"
                 )
-            proof = proofs.get(row.chain[0]) if len(row.chain) > 1 else None
-            if proof is not None and proof.state == "unreliable":
-                reasons.append(f"{row.chain[0]}: {proof.reason}")
+            if len(row.chain) > 1 and (why := _unproven(row.chain[0], proofs.get(row.chain[0]))):
+                reasons.append(f"{row.chain[0]}: {why}")
             if reasons:
                 row = replace(row, state="unreliable", reason="; ".join(reasons))
         checked.append(row)
     return checked
 
 
-def doubt(rows: Sequence[Row], level: int, part: bool) -> str | None:
-    """Why a level's figures say nothing: an attack that it stands on is missing or unreliable."""
+def _unproven(name: str, proof: Row | None) -> str | None:
+    """Why a preparation is not believed; None if it has solved its known case, or there is none for the models."""
+    if proof is None:
+        return "its known case was not run" if name in PROVEN else None
+    return proof.reason if proof.state in ("unreliable", "failed") else None
+
+
+def doubt(rows: Sequence[Row], level: int, only: Collection[str] | None) -> str | None:
+    """Why a level's figures say nothing: an attack that it stands on is missing or unreliable.
+
+    Where `only` some attacks were to be run, and this one not, a level stands on any attack of its own.
+    """
     tried = [row for row in rows if row.side == "protected" and row.chain[-1] != PROOF]
     for below in range(level + 1):
+        of_level = [row for row in tried if row.level == below]
         name = STANDS_ON.get(below)
-        mine = [row for row in tried if (row.level == below if name is None else name in row.chain)]
-        if any(row.state == "done" for row in mine) or (part and not mine):
+        if only is not None and name not in only:
+            name = None
+            if not of_level and below < level:
+                continue  # it was not asked for
+        mine = of_level if name is None else [row for row in of_level if name in row.chain]
+        if any(row.state == "done" for row in mine):
             continue
-        what = name or f"every attack with {LEVELS[below]}"
+        what = name or f"every attack at level {below}"
         if not mine:
-            return f"{what} was not run, and level {below} stands on it"
+            return f"{name or 'an attack of its own'} was not run, and level {below} stands on it"
         reason = next((row.reason for row in mine if row.reason), "no reason given")
         return f"{what} is {mine[0].state}, and level {below} stands on it: {reason}"
     return None
@@ -73,16 +90,18 @@ def required(levels: Sequence[Level], level: int, protection: float) -> Requirem
 
 def full_dose_grid(rows: Sequence[Row]) -> dict[str, Any] | None:
     """The full-dose grid on the first look, the worse of both values, with and without protection."""
-    tables: dict[str, list[list[float | None]]] = {}
-    doses: list[float] = []
-    others: list[float] = []
     sides: tuple[Side, ...] = ("protected", "plain")
+    seen: dict[Side, dict[tuple[float, float], float]] = {}
     for side in sides:
         row = next((row for row in rows if row.chain == ("full_dose",) and row.side == side), None)
         if row is None or not row.looks:
             return None
-        doses = doses or sorted({look.options["dose"] for look in row.looks})
-        others = others or sorted({look.options["others"] for look in row.looks})
-        at = {(look.options["dose"], look.options["others"]): look.joint for look in row.looks}
+        seen[side] = {(look.options["dose"], look.options["others"]): look.joint for look in row.looks}
+    # A merge whose answers are no numbers is missing on its side alone.
+    places = [place for at in seen.values() for place in at]
+    doses, others = (sorted({place[axis] for place in places}) for axis in (0, 1))
+    tables: dict[str, list[list[float | None]]] = {}
+    for side in sides:
+        at = seen[side]
         tables[side] = [[at.get((dose, other)) for other in others] for dose in doses]
     return {"attack": "full_dose", "x": "others", "y": "dose", "xs": others, "ys": doses, **tables}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..attacks.merges import Coefficients, Method
 from ..attacks.thief import MergeAttack, Pair, Subject, Thief
@@ -19,7 +18,10 @@ from .bench import Bench
 from .rows import Cost, Look, Point, Row, Scores, Side
 from .scores import Reference
 
+# What torch and numpy raise where memory, or a decomposition, fails them.
+FAILURES = (RunError, MemoryError, RuntimeError, np.linalg.LinAlgError)
 LEAST = 3  # merges of an attack that are scored on all validation examples, if it has so many
+Starts = Callable[[], Sequence[tuple[Mapping[str, Any], Merged]]]
 
 
 @dataclass(eq=False)
@@ -68,15 +70,19 @@ class Explorer:
 
 
 def finalists(looks: Sequence[Look], floors: Sequence[float], least: int = LEAST) -> list[int]:
-    """What is worth more than a look: the best of both values, the best with each floor, the next best to `least`."""
+    """What is worth more than a look: the best of both values, the best with each floor, the next best to `least`.
+
+    Of looks that are as good, the one that gives more of the rest, as thieves choose.
+    """
     found: dict[int, None] = {}
-    order = sorted(range(len(looks)), key=lambda number: -looks[number].joint)
+    both = [look.protected + look.own for look in looks]
+    order = sorted(range(len(looks)), key=lambda number: (-looks[number].joint, -both[number]))
     if order:
         found[order[0]] = None
     for floor in floors:
         within = [number for number in range(len(looks)) if looks[number].own >= floor]
         if within:
-            found[max(within, key=lambda number: looks[number].protected)] = None
+            found[max(within, key=lambda number: (looks[number].protected, both[number]))] = None
     for number in order:
         if len(found) >= least:
             break
@@ -91,9 +97,16 @@ def explore(
     side: Side,
     *,
     prepared: str | None = None,
-    starts: Sequence[tuple[Mapping[str, Any], Merged]] = (),
+    starts: Starts = tuple,
 ) -> Row:
-    """Run one attack on one side. What goes wrong is part of the row, not an error."""
+    """Run one attack on one side. What goes wrong is part of the row, not an error.
+
+    Args:
+        bench, reference: models and tasks, and what values are relative to.
+        attack, side: which attack, and what the thief holds.
+        prepared: what he does to the protected model first.
+        starts: makes the merges that a repair begins with.
+    """
     began = time.monotonic()
     chain = (attack.name,) if prepared is None else (prepared, attack.name)
     needs = attack.needs
@@ -103,7 +116,7 @@ def explore(
     found: dict[str, Any] = {}
     state, reason = "done", None
     try:
-        thief = bench.thief(side, prepared, starts)
+        thief = bench.thief(side, prepared, starts())
         attack.explore(thief, explorer)
         points, problems = _score(bench, thief, attack, explorer, side, found)
         if not points:
@@ -111,9 +124,9 @@ def explore(
         elif problems:
             state, reason = "unreliable", f"not a merge: {'; '.join(problems)}"
     except InputError as error:
-        state, reason = "refused", _said(error)
-    except (RunError, MemoryError, torch.OutOfMemoryError) as error:
-        state, reason = "failed", _said(error)
+        state, reason = "refused", said(error)
+    except FAILURES as error:
+        state, reason = "failed", said(error)
     if explorer.broken:
         found["broken"] = explorer.broken
     return Row(
@@ -195,5 +208,6 @@ def _nothing(explorer: Explorer) -> str:
     return "nothing to try with these models"
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """An error on one line."""
     return " ".join((str(error) or type(error).__name__).split())

@@ -14,6 +14,7 @@ from ..checkpoint import MANIFEST
 from ..checkpoint.files import load_json
 from ..errors import InputError, UsageError
 from ..merging.vectors import CONFIG as ADAPTER
+from .config import RELEASE, RESERVED
 from .rows import LEVELS
 
 _KINDS = {
@@ -74,7 +75,7 @@ def init(
     Returns: the file.
 
     Raises:
-        UsageError: fewer than two fine-tunes. InputError: no such model, or the file exists.
+        UsageError: fewer than two fine-tunes, or one of them twice. InputError: no such model, or the file exists.
     """
     if len(models) < 2:
         raise UsageError(
@@ -84,8 +85,10 @@ def init(
     if target.exists():
         raise InputError("the file exists", where=target, hint="give another name by -o")
     protected, *others = [Path(model) for model in models]
-    configs = {path: _config(path) for path in (Path(base), protected, *others)}
     unlocked = Path(plain) if plain is not None else protected
+    if len({unlocked, *others}) <= len(others) or protected in others:
+        raise UsageError("a model is named twice", got=", ".join(map(str, [unlocked, *others])))
+    configs = {path: _config(path) for path in (Path(base), protected, unlocked, *others)}
     text = _text(Path(base), protected, unlocked, others, configs, target.parent)
     try:
         with target.open("x", encoding="utf-8") as file:
@@ -114,7 +117,7 @@ def _text(
     def relative(path: Path) -> str:
         return _scalar(os.path.relpath(path, folder or "."))
 
-    tasks = _names([plain, *others])
+    tasks = {path: _scalar(name) for path, name in _names([plain, *others]).items()}
     tasks[protected] = tasks[plain]
     note = ""
     if (protected / MANIFEST).is_file() and plain == protected:
@@ -169,17 +172,22 @@ def _kind(config: Mapping[str, Any]) -> str | None:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Names of tasks: of the folders, without what they all begin with; a second one of a name gets its number."""
-    stems = [Path(os.path.abspath(path)).name for path in paths]
+    """Names of tasks: of the folders; a second one of a name gets its number."""
     found: dict[Path, str] = {}
-    for path, stem in zip(paths, stems, strict=True):
+    for path in paths:
+        stem = Path(os.path.abspath(path)).name
+        if stem in RESERVED or stem.startswith(RELEASE):
+            stem = f"task-{stem}"
         name, number = stem, 2
         while name in found.values():
             name, number = f"{stem}-{number}", number + 1
-        found[path] = _scalar(name)
+        found[path] = name
     return found
 
 
 def _scalar(text: str) -> str:
-    """A string as YAML writes it, in quotes where it needs them."""
-    return yaml.safe_dump(text, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+    """A string as YAML writes it on one line, in quotes where it needs them."""
+    plain = text.isprintable()
+    style = None if plain else '"'
+    dumped = yaml.safe_dump(text, width=10**6, allow_unicode=plain, default_style=style)
+    return dumped.removesuffix("...\n").strip()

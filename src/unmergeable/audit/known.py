@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +9,25 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import MANIFEST
+from ..checkpoint.files import load_json
 from ..merging.write import FAR
 from .bench import HALVES, Bench
 from .config import RELEASE, ROLES, Config
 from .machine import machine
-from .scores import COVERAGE, RESAMPLES, Reference, check_separation, resample, separation
+from .scores import (
+    COVERAGE,
+    RESAMPLES,
+    Reference,
+    check_halves,
+    check_separation,
+    resample,
+    separation,
+)
+
+# The part of what the plain model has learnt that a protected one must keep to go without a note.
+KEPT = 0.95
+# Test examples of a task below which percentiles of a bootstrap are too narrow.
+FEW = 30
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class Known:
     config: Config
     reference: Reference
     hashes: Mapping[str, str]
+    settings: Mapping[str, str]
     models: Mapping[str, Mapping[str, Any]]
     tasks: Mapping[str, Mapping[str, Any]]
     standalone: Mapping[str, Any]
@@ -45,13 +58,14 @@ def prepare(bench: Bench) -> Known:
             scores |= bench.measure(bench.alone(task), half, [task])
         plain[half] = scores
     reference = Reference(bench.protected, own, base, plain)
-    by_itself = bench.measure(bench.alone("plain"), "validation")
-    reference = replace(reference, alone=reference.pair("validation", by_itself)[1])
     apart = {
         task: separation(*(np.concatenate([s[half][task] for half in HALVES[1:]]) for s in (base, plain)))
         for task in reference.tasks
     }
     check_separation(apart)
+    check_halves(reference)
+    by_itself = bench.measure(bench.alone("plain"), "validation")
+    reference = replace(reference, alone=reference.pair("validation", by_itself)[1])
     tasks = {
         name: {
             "kind": task.kind,
@@ -61,48 +75,37 @@ def prepare(bench: Bench) -> Known:
             "base": apart[name].base,
             "plain": apart[name].plain,
             "standard_error": apart[name].error,
-            "separation": apart[name].times,
+            "separation": apart[name].times if np.isfinite(apart[name].times) else None,
             "sha256": task.digest,
         }
         for name, task in bench.tasks.items()
     }
-    hashes = {"base": _digest(bench.base), **{role: _digest(state) for role, state in bench.models.items()}}
+    standalone = _standalone(bench, reference.alone, released, plain)
     return Known(
         bench.config,
         reference,
-        hashes,
-        _models(bench, hashes),
+        bench.hashes,
+        bench.settings,
+        _models(bench),
         tasks,
-        _standalone(bench, reference.alone, released, plain),
-        _notes(bench),
+        standalone,
+        [*_notes(bench), *_doubts(bench.protected, tasks, standalone)],
         machine(bench.device),
     )
 
 
-def _digest(state: Mapping[str, Any]) -> str:
-    """SHA-256 of names, shapes and float32 values of a model."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        found.update(tensor.flatten().numpy().tobytes())
-    return found.hexdigest()
-
-
-def _models(bench: Bench, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _models(bench: Bench) -> dict[str, dict[str, Any]]:
     found = {}
     for role, written in bench.config.models():
-        method = None
         manifest = bench.config.path(written) / MANIFEST
-        if manifest.is_file():
-            method = str(json.loads(manifest.read_text(encoding="utf-8")).get("method"))
+        method = load_json(manifest).get("method") if manifest.is_file() else None
         found[role] = {
             "role": "release" if role.startswith(RELEASE) else role if role in ROLES else "own",
             "path": written,
-            "sha256": hashes[role],
+            "sha256": bench.hashes[role],
             "parameters": bench.parameters[role],
             "distance": bench.distances.get(role),
-            "lock": method,
+            "lock": method if isinstance(method, str) else None,
         }
     return found
 
@@ -133,4 +136,24 @@ def _notes(bench: Bench) -> list[str]:
                 f"{role} is {far:.2f} of the base's norm away from it: is this its base? "
                 "Merges of it mean little if not"
             )
+    return notes
+
+
+def _doubts(
+    protected: str, tasks: Mapping[str, Mapping[str, Any]], standalone: Mapping[str, Any]
+) -> list[str]:
+    """What makes figures say less than they seem to."""
+    notes = []
+    base, plain = tasks[protected]["base"], tasks[protected]["plain"]
+    kept = (standalone["protected"] - base) / (plain - base)
+    if kept < KEPT and standalone["interval"][1] < 0:
+        notes.append(
+            f"the protected model by itself is worse at its task than the plain one, {standalone['protected']:.4f} "
+            f"against {standalone['plain']:.4f}: what it has lost nobody can take, and it counts as protection here"
+        )
+    few = [name for name, task in tasks.items() if task["test"] < FEW]
+    if few:
+        notes.append(
+            f"less than {FEW} examples are left to report on in {', '.join(few)}: intervals are wider than they look"
+        )
     return notes

@@ -46,7 +46,7 @@ def run_audit(
     from .report import render  # before any work: what it needs may not be installed
 
     started = time.monotonic()
-    _check_usage(workers, budget)
+    _check_usage(workers, budget, require or {})
     chosen = (
         make_config(dict(config), Path(), Path("config"))
         if isinstance(config, Mapping)
@@ -54,7 +54,7 @@ def run_audit(
     )
     _check_names(chosen)
     for level in require or {}:
-        if level not in chosen.fields.levels:
+        if level not in chosen.levels:
             raise UsageError("a level that is not audited", where="require", got=level)
     workers = pick_workers(chosen, workers)
     folder = Path(output)
@@ -74,18 +74,27 @@ def run_audit(
         with Pool(chosen, Path(work), known.reference, workers, bench) as pool:
             found, left_out = _run(pool, store, waves, known, until, progress)
     rows = controlled(list(found.values()), known.reference)
-    result = _result(known, rows, left_out, require or {}, time.monotonic() - started, chosen, folder)
+    if isinstance(config, Mapping):
+        again = f"unmergeable.audit(config, {str(folder)!r})"
+    else:
+        again = f"unmergeable audit {shlex.quote(str(config))} -o {shlex.quote(str(folder))}"
+    result = _result(known, rows, left_out, require or {}, time.monotonic() - started, again, folder)
     document = result.as_dict()
     _write(folder / "results.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
     _write(folder / "report.html", render(document))
     return result
 
 
-def _check_usage(workers: int | None, budget: float | None) -> None:
+def _check_usage(workers: int | None, budget: float | None, require: Mapping[int, float]) -> None:
     if workers is not None and workers < 1:
         raise UsageError("an audit needs a worker", where="workers", expected="1 or more", got=workers)
     if budget is not None and not budget > 0:
         raise UsageError("a budget of no time", where="budget", expected="minutes above 0", got=budget)
+    for level, protection in require.items():
+        if not 0 <= protection <= 1:
+            raise UsageError(
+                "no part of full protection", where=f"require {level}", expected="0 to 1", got=protection
+            )
 
 
 def _check_names(config: Config) -> None:
@@ -135,7 +144,9 @@ def _run(
                 left_out += alike
                 continue
             found |= {one: replace(row, side=one.side) for one in alike}
-            store.put(fresh[job], row)
+            # What failed, for want of memory perhaps, or was refused, for want of a package, may work next time.
+            if row.state in ("done", "unreliable"):
+                store.put(fresh[job], row)
             if progress is not None:
                 progress(len(found) + len(left_out), total, job.label)
         # The order of rows is that of jobs, not that in which workers were done.
@@ -148,15 +159,17 @@ def _depends(known: Known, job: Job) -> dict[str, Any]:
     """Everything that a row depends on: the side says only which models are held."""
     fields = known.config.fields
     held = {"protected": ["protected"], "plain": ["plain"], "without": []}[job.side]
-    releases = [role for role in known.hashes if role.startswith(RELEASE)] if job.prepared == COLLUDE else []
+    colluding = COLLUDE in (job.prepared, *(start.prepared for start in job.starts))
+    releases = [role for role in known.hashes if role.startswith(RELEASE)] if colluding else []
     return {
         "suite": SUITE,
         "job": {name: value for name, value in job.as_dict().items() if name != "side"},
         "base": known.hashes["base"],
         "held": [known.hashes[role] for role in held + releases],
-        "others": {task: known.hashes[task] for task in fields.others},
+        # In their order: the first one is what some attacks align to.
+        "others": [[task, known.hashes[task]] for task in fields.others],
         "plain": known.hashes["plain"],  # values are relative to it
-        "tasks": {name: task["sha256"] for name, task in known.tasks.items()},
+        "tasks": {name: [task["sha256"], known.settings[name]] for name, task in known.tasks.items()},
         "protected": fields.protected.task,
         "private": fields.private,
         "seed": fields.seed,
@@ -175,14 +188,15 @@ def _result(
     left_out: Sequence[Job],
     require: Mapping[int, float],
     seconds: float,
-    config: Config,
+    command: str,
     folder: Path,
 ) -> AuditResult:
-    reference, seed = known.reference, config.fields.seed
+    config, reference = known.config, known.reference
+    seed = config.fields.seed
     levels = []
-    for level in sorted(config.fields.levels):
+    for level in config.levels:
         judged = judge(rows, reference, level, seed=seed)
-        reason = judged.reason or doubt(rows, level, config.fields.attacks is not None)
+        reason = judged.reason or doubt(rows, level, config.fields.attacks)
         levels.append(replace(judged, reason=reason))
     notes = list(known.notes)
     if config.fields.attacks is not None:
@@ -209,7 +223,7 @@ def _result(
         ],
         notes=notes,
         requirements=[required(levels, level, protection) for level, protection in require.items()],
-        command=f"unmergeable audit {shlex.quote(str(config.where))} -o {shlex.quote(str(folder))}",
+        command=command,
         seconds=seconds,
         files=(str(folder / "report.html"), str(folder / "results.json")),
     )  # fmt: skip

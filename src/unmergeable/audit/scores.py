@@ -63,8 +63,11 @@ class Reference:
 
     def value(self, half: str, task: str, scores: Floats) -> float:
         """The value of a model on a task, from its scores on a half of the examples."""
-        start = float(self.base[half][task].mean())
-        return float((scores.mean() - start) / (self.plain[half][task].mean() - start))
+        # On the few examples of a first look the fine-tune may be no better than the base, by chance: what lies
+        # between both is taken from all validation examples.
+        whole = "validation" if half == "screen" else half
+        span = float(self.plain[whole][task].mean() - self.base[whole][task].mean())
+        return float((scores.mean() - self.base[half][task].mean()) / span)
 
     def pair(self, half: str, scores: Scores) -> tuple[float, float]:
         """The value of the protected task, and the least of the thief's own."""
@@ -205,17 +208,14 @@ def judge(
         seed, resamples: of the bootstrap.
     """
     pools = {side: _pool(rows, reference, level, side) for side in SIDES}
-    # Whoever has a model may leave it alone: nobody gets less with it than without.
-    for side in ("protected", "plain"):
-        pools[side] = [*pools[side], *pools["without"]]
     floors = tuple(
-        Floor(asked, floor, {side: _choose(pools[side], reference, floor) for side in SIDES})
+        Floor(asked, floor, _chosen(pools, reference, floor))
         for asked, floor in zip(FLOORS, reference.floors, strict=True)
     )
-    joint = {side: _choose(pools[side], reference, None) for side in SIDES}
+    joint = _chosen(pools, reference, None)
     gains = {side: sum(floor.gain(side) for floor in floors) for side in ("protected", "plain")}
     reason = None
-    if not pools["plain"]:
+    if not pools["plain"] and not pools["without"]:
         return Level(
             level, floors, np.nan, (np.nan, np.nan), gains, joint, "no merge of these models could be made"
         )
@@ -242,16 +242,39 @@ def _pool(rows: Sequence[Row], reference: Reference, level: int, side: Side) -> 
     return found
 
 
-def _choose(pool: Iterable[_Candidate], reference: Reference, floor: float | None) -> Chosen:
-    """The best candidate on validation examples, measured on test examples; joint where there is no floor."""
+def _chosen(
+    pools: Mapping[Side, Sequence[_Candidate]], reference: Reference, floor: float | None
+) -> dict[Side, Chosen]:
+    """What thieves on each side take of what they have.
+
+    Whoever has a model may leave it alone: nobody gets less with it than without. So what is worse than the
+    thief's own choice is not taken, also where that is nothing at all.
+    """
+    own = pools["without"]
+    alone = _choose(own, reference, floor)
+    least = 0.0 if alone.point is None else -np.inf
+    return {
+        side: alone if side == "without" else _choose([*pool, *own], reference, floor, least)
+        for side, pool in pools.items()
+    }
+
+
+def _choose(
+    pool: Iterable[_Candidate], reference: Reference, floor: float | None, least: float = -np.inf
+) -> Chosen:
+    """The best candidate on validation examples, measured on test examples; joint where there is no floor.
+
+    What is not above `least` is not taken. Of merges that are as good, the one that gives more of the rest.
+    """
     best: _Candidate | None = None
-    most = 0.0 if floor is None or floor <= 0 else -np.inf  # the base: values 0, within reach of everybody
+    # The base has values of 0 and is within reach of everybody.
+    most = (0.0 if floor is None or floor <= 0 else least, np.inf)
     for candidate in pool:
         if floor is not None and candidate.own < floor:
             continue
         worth = candidate.value if floor is not None else min(candidate.value, candidate.own)
-        if worth > most:
-            best, most = candidate, worth
+        if (worth, candidate.value + candidate.own) > most:
+            best, most = candidate, (worth, candidate.value + candidate.own)
     if best is None:
         return Chosen(None, None, 0.0, 0.0)
     value, own = reference.pair("test", best.point.test)
@@ -311,6 +334,25 @@ def check_separation(found: Mapping[str, Separation]) -> None:
             )
 
 
+def check_halves(reference: Reference) -> None:
+    """Refuse tasks whose fine-tune beats its base on all examples, but not on those that are chosen or reported on.
+
+    Raises:
+        InputError: for the first such task; its values would be upside down, or no numbers.
+    """
+    for half in ("validation", "test"):
+        for task in reference.tasks:
+            base, plain = (float(scores[half][task].mean()) for scores in (reference.base, reference.plain))
+            if not plain > base:
+                raise InputError(
+                    f"the fine-tune does not beat its base on the {half} half of the examples",
+                    where=task,
+                    expected=f"a score above {base:.4f}",
+                    got=f"{plain:.4f}",
+                    hint="give it more evaluation examples",
+                )
+
+
 def curve(rows: Sequence[Row], reference: Reference, side: Side) -> list[tuple[float, float]]:
     """What a thief gets for what he spends: (forward passes, mean G over the floors), test examples.
 
@@ -321,11 +363,12 @@ def curve(rows: Sequence[Row], reference: Reference, side: Side) -> list[tuple[f
     found: list[tuple[float, float]] = []
     for price in prices:
         within = [row for row in rows if row.cost.forwards <= price]
-        pools = {one: _pool(within, reference, levels, one) for one in (side, "without")}
+        sides: tuple[Side, ...] = (side, "without")
+        pools = {one: _pool(within, reference, levels, one) for one in sides}
         total = 0.0
         for floor in reference.floors:
-            got = _choose([*pools[side], *pools["without"]], reference, floor).value
-            total += got - _choose(pools["without"], reference, floor).value
+            chosen = _chosen(pools, reference, floor)
+            total += chosen[side].value - chosen["without"].value
         if not found or total / len(FLOORS) != found[-1][1]:
             found.append((price, total / len(FLOORS)))
     return found

@@ -9,18 +9,19 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from .rows import Cost, Look, Point, Row
+from ..errors import InputError, RunError
+from .rows import LEVELS, SIDES, Cost, Floats, Look, Point, Row, State
 
 # Part of every key: raise it when an attack or a score changes what a row would hold.
-NUMERICS = 1
+NUMERICS = 2
 _HALVES = ("validation", "test")
+STATES = get_args(State)
 
 
 def row_key(facts: Mapping[str, Any]) -> str:
@@ -34,18 +35,28 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError("the folder cannot be made", where=folder, got=error.strerror) from None
 
     def get(self, key: str) -> Row | None:
         """The row of this name; None if it is not there, or not whole."""
         try:
-            with np.load(self.folder / f"{key}.npz", allow_pickle=False) as file:
+            with (
+                (self.folder / f"{key}.npz").open("rb") as raw,
+                np.load(raw, allow_pickle=False) as file,
+            ):
                 return _row(json.loads(bytes(file["row"]).decode()), file)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        except Exception:  # a file that was not written here may fail in any way
             return None
 
     def put(self, key: str, row: Row) -> None:
-        """Keep a row; it is there whole or not at all."""
+        """Keep a row; it is there whole or not at all.
+
+        Raises:
+            RunError: the disk is full or fails.
+        """
         arrays = {
             f"{number}|{half}|{task}": scores
             for number, point in enumerate(row.points)
@@ -56,8 +67,12 @@ class Store:
         buffer = io.BytesIO()
         np.savez(buffer, row=np.frombuffer(text, np.uint8), **arrays)
         temporary = self.folder / f".{key}.{os.getpid()}"
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, self.folder / f"{key}.npz")
+        try:
+            temporary.write_bytes(buffer.getvalue())
+            os.replace(temporary, self.folder / f"{key}.npz")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunError(error.strerror or str(error), where=self.folder) from error
 
 
 def _document(row: Row) -> dict[str, Any]:
@@ -74,11 +89,25 @@ def _row(document: dict[str, Any], arrays: Mapping[str, Any]) -> Row:
     points = tuple(
         Point(
             point["options"],
-            *({task: arrays[f"{number}|{half}|{task}"] for task in point["tasks"]} for half in _HALVES),
+            *(
+                {task: _scores(arrays[f"{number}|{half}|{task}"]) for task in point["tasks"]}
+                for half in _HALVES
+            ),
         )
         for number, point in enumerate(document.pop("points"))
     )
     looks = tuple(Look(options, protected, own) for options, protected, own in document.pop("looks"))
     cost = Cost(**document.pop("cost"))
     document |= {name: tuple(document[name]) for name in ("chain", "needs")}
-    return Row(**document, points=points, looks=looks, cost=cost)
+    row = Row(**document, points=points, looks=looks, cost=cost)
+    if row.side not in SIDES or row.level not in LEVELS or row.state not in STATES:
+        raise ValueError("not a row")
+    return row
+
+
+def _scores(values: Any) -> Floats:
+    """Scores as they were put there. Raises ValueError for anything else."""
+    if values.dtype != np.float64 or values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError("not scores")
+    found: Floats = values
+    return found

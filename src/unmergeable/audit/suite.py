@@ -65,4 +65,5 @@ def merge_attack(name: str) -> MergeAttack:
 
 def names() -> list[str]:
     """Everything that a configuration may choose by `attacks:`."""
-    return [*merge_attacks(), *(one.name for one in PREPARATIONS), COLLUDE]
+    merges = [name for name in merge_attacks() if name != PROBE_MERGE.name]  # comes with every preparation
+    return [*merges, *(one.name for one in PREPARATIONS), COLLUDE]

@@ -24,7 +24,7 @@ from ..errors import InputError, RunError
 from ..merging import Merged
 from .bench import Bench
 from .config import Config, make_config
-from .explore import explore
+from .explore import FAILURES, explore, said
 from .jobs import PROOF, Job, Start
 from .rows import Cost, Row
 from .scores import Reference
@@ -35,8 +35,14 @@ def run_job(bench: Bench, reference: Reference, job: Job) -> Row:
     """Find one row."""
     if job.attack == PROOF:
         return _proof(bench, job)
-    starts = [(start.as_dict(), _made(bench, job, start)) for start in job.starts]
-    return explore(bench, reference, merge_attack(job.attack), job.side, prepared=job.prepared, starts=starts)
+    return explore(
+        bench,
+        reference,
+        merge_attack(job.attack),
+        job.side,
+        prepared=job.prepared,
+        starts=lambda: [(start.as_dict(), _made(bench, job, start)) for start in job.starts],
+    )
 
 
 def _made(bench: Bench, job: Job, start: Start) -> Merged:
@@ -59,7 +65,9 @@ def _proof(bench: Bench, job: Job) -> Row:
         facts, reason = solved.as_dict(), solved.reason
         state = "done" if solved.holds else "unreliable"
     except InputError as error:
-        state, reason = "refused", " ".join(str(error).split())
+        state, reason = "refused", said(error)
+    except FAILURES as error:
+        state, reason = "failed", said(error)
     return Row(
         (job.prepared, PROOF),
         "plain",
@@ -96,6 +104,7 @@ class Pool:
     def __init__(self, config: Config, work: Path, reference: Reference, workers: int, bench: Bench) -> None:
         self.workers, self.bench, self.reference = workers, bench, reference
         self._executor: ProcessPoolExecutor | None = None
+        self._strangers = set(multiprocessing.active_children())
         if workers > 1:
             fields = config.fields.model_dump(exclude_none=True)
             self._executor = ProcessPoolExecutor(
@@ -112,7 +121,7 @@ class Pool:
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             if error[0] is not None:
-                for child in multiprocessing.active_children():
+                for child in set(multiprocessing.active_children()) - self._strangers:
                     child.terminate()
 
     def run(self, jobs: Iterable[Job], until: float | None) -> Iterator[tuple[Job, Row | None]]:
@@ -126,7 +135,15 @@ class Pool:
                 late = until is not None and time.monotonic() > until
                 yield job, None if late else run_job(self.bench, self.reference, job)
             return
-        waiting = iter(jobs)
+        try:
+            yield from self._spread(self._executor, iter(jobs), until)
+        except BrokenProcessPool:
+            hint = "it may be out of memory: give fewer --workers"
+            raise RunError("a worker died", hint=hint) from None
+
+    def _spread(
+        self, executor: ProcessPoolExecutor, waiting: Iterator[Job], until: float | None
+    ) -> Iterator[tuple[Job, Row | None]]:
         running: dict[Future[Row], Job] = {}
         while True:
             # Jobs are handed out one by one: what is not begun at the deadline never is.
@@ -134,20 +151,14 @@ class Pool:
                 if until is not None and time.monotonic() > until:
                     yield job, None
                     continue
-                running[self._executor.submit(_run, job)] = job
+                running[executor.submit(_run, job)] = job
                 if len(running) >= self.workers:
                     break
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                job = running.pop(future)
-                try:
-                    yield job, future.result()
-                except BrokenProcessPool:
-                    raise RunError(
-                        "a worker died", where=job.label, hint="it may be out of memory: give fewer --workers"
-                    ) from None
+                yield running.pop(future), future.result()
 
 
 _BENCH: Bench

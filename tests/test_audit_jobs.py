@@ -1,0 +1,295 @@
+"""The jobs of an audit: waves in their order, beams that follow what helped, starts of repairs, and no job twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from audit_cases import reference, row
+from unmergeable.attacks.prepare import COLLUDE, PREPARATIONS
+from unmergeable.attacks.repair import EACH
+from unmergeable.audit.jobs import HELPS, PROOF, Job, Start, Waves
+from unmergeable.audit.rows import SIDES, Row
+from unmergeable.audit.suite import BEAM, CORE, FOLLOW, merge_attack, merge_attacks, names
+from unmergeable.errors import UsageError
+from unmergeable.merging import METHODS
+
+Rows = Callable[[Job], Row]
+SOLVED = [one.name for one in PREPARATIONS if one.solves]
+
+
+def nothing(job: Job) -> Row:
+    """A row that found nothing."""
+    return row(job.attack, job.side, prepared=job.prepared, state="refused")
+
+
+def helped(gains: Mapping[str, float], side: str = "protected") -> Rows:
+    """Rows in which a prepared model is worth more by so much, on one side."""
+
+    def found(job: Job) -> Row:
+        value = gains.get(job.prepared or "", 0.0) if job.side == side else 0.0
+        return row(job.attack, job.side, (0.1 + value, 0.9), prepared=job.prepared)
+
+    return found
+
+
+def run(waves: Waves, rows: Rows = nothing) -> list[list[Job]]:
+    """The jobs of every wave, each done by `rows`."""
+    found: dict[Job, Row] = {}
+    done = []
+    for wave in waves:
+        jobs = [job for job in wave(found) if job not in found]
+        found |= {job: rows(job) for job in jobs}
+        done.append(jobs)
+    return done
+
+
+def waves(top: int = 3, only: Any = None, releases: bool = False) -> Waves:
+    return Waves(top, only, releases, reference())
+
+
+# --- which jobs ----------------------------------------------------------------------------------------------
+
+
+def test_the_most_informative_comes_first() -> None:
+    core, probes, followed, adaptive, shelf, more, unlabelled, labelled, repairs = run(waves())
+    assert [job.attack for job in core] == [
+        "task_arithmetic", *["task_arithmetic"] * 2, "full_dose", "full_dose", "ties", "ties", "ties"
+    ]  # fmt: skip
+    assert {job.attack for job in probes} == {"probe", PROOF}
+    assert {job.prepared for job in probes} == {None, *(one.name for one in PREPARATIONS)}
+    assert [job.attack for job in adaptive] == ["substitute-blocks"] * 2 + ["wide"] * 2
+    assert not followed
+    assert not more  # nothing helped
+    assert {merge_attack(job.attack).access for job in core + shelf} == {0}
+    assert {job.level for job in unlabelled} == {2}
+    assert {job.level for job in labelled} == {3}
+    assert {job.attack for job in repairs} == {f"repair-{each}" for each in EACH}
+
+
+@pytest.mark.parametrize("top", [0, 1, 2, 3])
+def test_no_job_is_above_the_highest_level(top: int) -> None:
+    jobs = [job for wave in run(waves(top), helped({"noise": 0.5})) for job in wave]
+    assert max(job.level for job in jobs) == top
+    assert {job.level for job in jobs} == set(range(top + 1))
+
+
+def test_every_attack_of_the_suite_is_run_on_its_sides() -> None:
+    jobs = {job for wave in run(waves()) for job in wave}
+    for name, attack in merge_attacks().items():
+        sides = SIDES if attack.alone else ("protected", "plain")
+        assert {job.side for job in jobs if job.attack == name} == set(sides), name
+    for name in SOLVED:
+        assert Job(PROOF, "plain", name) in jobs
+    assert {job.prepared for job in jobs if job.attack == PROOF} == set(SOLVED)
+
+
+def test_the_suite_has_every_merge_method_off_the_shelf() -> None:
+    shelf = {name for name, attack in merge_attacks().items() if attack.access == 0 and name != "probe"}
+    ours = {name for name in METHODS if ":" not in name}
+    with_data, searched = {"regmean", "fisher"}, {"substitute"}
+    kit = {name for name in METHODS if name.startswith("mergekit:")}
+    assert len(kit) == 20
+    plain = {name.removeprefix("mergekit:") for name in kit}
+    assert shelf == kit | (ours - with_data - searched - plain) | {"task_arithmetic", "ties"}
+
+
+@given(top=st.integers(0, 3), seed=st.integers(0, 1000), releases=st.booleans(), part=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_nothing_is_run_twice(top: int, seed: int, releases: bool, part: bool) -> None:
+    random = np.random.default_rng(seed)
+
+    def found(job: Job) -> Row:
+        pairs = [tuple(random.uniform(-0.5, 1.2, 2)) for _ in range(random.integers(0, 4))]
+        return row(job.attack, job.side, *pairs, prepared=job.prepared)
+
+    only = [name for name in names() if random.random() < 0.5] if part else None
+    jobs = [job for wave in run(waves(top, only, releases), found) for job in wave]
+    assert len(set(jobs)) == len(jobs)
+    for job in jobs:
+        assert job.level <= top
+        assert job.prepared is None or job.side != "without"
+        assert not job.starts or merge_attack(job.attack).access == 3
+
+
+def test_only_what_is_named_is_run() -> None:
+    jobs = {job for wave in run(waves(3, ["ties", "wide"])) for job in wave}
+    assert jobs == {
+        *(Job("ties", side) for side in SIDES), Job("wide", "protected"), Job("wide", "plain"),
+    }  # fmt: skip
+    assert not [job for wave in run(waves(3, [])) for job in wave]
+
+
+def test_a_named_preparation_brings_its_probes_and_its_known_case() -> None:
+    jobs = [job for wave in run(waves(1, ["anchor-coupled", "quantise-4"])) for job in wave]
+    probe = [Job("probe", side, prepared) for prepared in (None, "anchor-coupled", "quantise-4") for side in
+             ("protected", "plain")]  # fmt: skip
+    assert set(jobs) == {*probe, Job(PROOF, "plain", "anchor-coupled")}
+    # The known case is solved before the attack is tried.
+    assert jobs.index(Job(PROOF, "plain", "anchor-coupled")) < jobs.index(
+        Job("probe", "protected", "anchor-coupled")
+    )
+
+
+def test_releases_are_brought_together_only_where_there_are_some() -> None:
+    for releases in (False, True):
+        jobs = {job for wave in run(waves(1, releases=releases)) for job in wave}
+        assert (Job("probe", "protected", COLLUDE) in jobs) == releases
+
+
+@pytest.mark.parametrize("top", [0, 1, 2, 3])
+@pytest.mark.parametrize("releases", [False, True])
+def test_the_estimate_is_near(top: int, releases: bool) -> None:
+    few = waves(top, releases=releases)
+    least = sum(map(len, run(few)))
+    most = sum(map(len, run(few, helped({"noise": 0.5, "quantise-4": 0.4}))))
+    assert 0.8 * least <= few.estimate() <= 1.2 * most
+
+
+def test_names_are_those_of_the_suite() -> None:
+    assert len(set(names())) == len(names())
+    for name in names():
+        assert name in merge_attacks() or name in {*(one.name for one in PREPARATIONS), COLLUDE}
+    with pytest.raises(UsageError, match="the suite has no such attack"):
+        merge_attack("magic")
+
+
+# --- beams ---------------------------------------------------------------------------------------------------
+
+
+def test_the_best_preparations_are_followed_up() -> None:
+    gains = {"noise": 0.1, "quantise-4": 0.3, "align-permutation": 0.2}
+    done = run(waves(), helped(gains))
+    followed = [job for job in done[2] if job.side == "protected"]
+    assert BEAM == 2
+    assert followed == [
+        Job(name, "protected", prepared) for prepared in ("quantise-4", "align-permutation") for name in CORE
+    ]
+    assert not [job for job in done[2] if job.side == "plain"]
+    after = [job for wave in done[3:] for job in wave if job.prepared is not None]
+    assert {job.prepared for job in after} == {"quantise-4"}
+    assert {job.side for job in after} == {"protected"}
+    taught = {job.attack for job in after if job.level > 1}
+    assert taught == {
+        name for name, attack in merge_attacks().items()
+        if attack.access > 1 and not name.startswith(("distil", "repair"))
+    }  # fmt: skip
+    assert Job("substitute-blocks", "protected", "quantise-4") in done[3]
+    assert not [job for job in after if job.attack == "wide"]  # the same under every symmetry
+
+
+def test_a_preparation_that_hardly_helps_is_not_followed_up() -> None:
+    some = waves()
+    floors = len(reference().floors)
+    for gain, kept in ((0.9 * HELPS / floors, []), (1.1 * HELPS / floors, ["noise"]), (-0.3, [])):
+        found = {
+            job: helped({"noise": gain})(job)
+            for job in (Job("probe", "protected"), Job("probe", "protected", "noise"))
+        }
+        assert some.beam(found, "protected") == kept
+
+
+def test_what_was_not_probed_is_not_followed_up() -> None:
+    some = waves()
+    assert some.beam({}, "protected") == []
+    assert some.beam({}, "without") == []
+    only = {Job("probe", "protected"): row("probe", "protected", (0.5, 0.9))}
+    assert some.beam(only, "protected") == []
+
+
+def test_the_merges_that_do_best_without_protection_are_tried_after_the_best_preparation() -> None:
+    shelf = [name for name in waves().shelf if name not in CORE]
+    good = shelf[::-1][:FOLLOW]
+
+    def found(job: Job) -> Row:
+        if job.prepared is None and job.side == "plain" and job.attack in good:
+            return row(job.attack, job.side, (0.5 + 0.01 * good.index(job.attack), 0.9))
+        return helped({"noise": 0.5})(job)
+
+    more = run(waves(1), found)[5]
+    assert {(job.side, job.prepared) for job in more} == {("protected", "noise")}
+    assert [job.attack for job in more] == good[::-1]
+
+
+def test_worth_counts_every_floor() -> None:
+    some = waves()
+    assert some.worth(None) == 0
+    assert some.worth(row("ties", "plain", (-0.5, 0.9))) == 0
+    assert some.worth(row("ties", "plain", (0.8, 0.3), (0.2, 0.9))) == pytest.approx(2 * 0.8 + 2 * 0.2)
+
+
+# --- starts --------------------------------------------------------------------------------------------------
+
+
+def starts(found: Mapping[Job, Row], side: Any = "protected") -> list[dict[str, Any]]:
+    jobs = waves()._repairs(found)
+    (first, *rest) = [job.starts for job in jobs if job.side == side]
+    assert all(other == first for other in rest)
+    return [start.as_dict() for start in first]
+
+
+def half(side: str = "protected", prepared: str | None = None) -> dict[str, Any]:
+    options = {"others": 0.5} if side == "without" else {"dose": 0.5, "others": 0.5}
+    return {"attack": "task_arithmetic", "prepared": prepared, "options": options}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_without_merges_a_repair_begins_with_a_mean(side: str) -> None:
+    assert starts({}, side) == [half(side)]
+
+
+def test_repairs_begin_with_the_best_merges() -> None:
+    found = {
+        Job("ties", "protected"): row("ties", "protected", (0.6, 0.2), (0.5, 0.3)),
+        Job("full_dose", "protected", "noise"): row("full_dose", "protected", (0.4, 0.4), prepared="noise"),
+        Job("full_dose", "plain"): row("full_dose", "plain", (0.9, 0.9)),
+        Job("regmean", "protected"): row("regmean", "protected", (0.9, 0.9)),  # cannot be made again at once
+        Job("wide", "protected"): row("wide", "protected", (0.9, 0.9)),  # not one model
+        Job("untrap", "protected"): row("untrap", "protected", (0.9, 0.9)),
+        Job(PROOF, "plain", "noise"): row(PROOF, "plain", prepared="noise"),
+    }
+    assert starts(found) == [
+        {"attack": "full_dose", "prepared": "noise", "options": {"weight": 0.4}},  # the worse of both
+        {"attack": "ties", "prepared": None, "options": {"weight": 0.5}},  # with a quarter of his own
+        half(),
+    ]
+
+
+def test_a_start_is_not_repeated() -> None:
+    found = {Job("ties", "protected"): row("ties", "protected", (0.6, 0.6))}
+    assert len(starts(found)) == 2
+
+
+def test_a_mean_is_taken_after_what_helped() -> None:
+    jobs = (Job("probe", "protected"), Job("probe", "protected", "quantise-4"))
+    found = {job: helped({"quantise-4": 0.4})(job) for job in jobs}
+    assert starts(found)[-1] == half(prepared="quantise-4")
+
+
+def test_a_start_is_compared_by_its_options() -> None:
+    one, two = Start.of("a", None, {"x": 1, "y": [2]}), Start.of("a", None, {"y": [2], "x": 1})
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one.as_dict()["options"] == {"x": 1, "y": [2]}
+
+
+@pytest.mark.parametrize(
+    ("job", "level", "label"),
+    [
+        (Job("ties", "plain"), 0, "ties, plain"),
+        (Job("ties", "plain", "noise"), 1, "noise > ties, plain"),
+        (Job(PROOF, "plain", "noise"), 1, "noise > proof, plain"),
+        (Job("wide", "protected"), 1, "wide, protected"),
+        (Job("regmean", "without"), 2, "regmean, without"),
+        (Job("untrap", "plain", "noise"), 3, "noise > untrap, plain"),
+    ],
+)
+def test_a_job_knows_its_level_and_its_name(job: Job, level: int, label: str) -> None:
+    assert (job.level, job.label) == (level, label)
+    json.dumps(job.as_dict())

@@ -1,0 +1,112 @@
+"""results.json and report.html of a real audit: their form, and that they say the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+import thief_cases
+import unmergeable as um
+from audit_cases import ATTACKS, QUICK, audit, audited, configuration, zoo
+from audit_form import FORM, complaints
+from unmergeable.attacks.prepare import COLLUDE
+from unmergeable.audit.jobs import PROOF
+from unmergeable.audit.results import AuditResult
+from unmergeable.audit.rows import SIDES
+from unmergeable.audit.scores import FLOORS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditResult]:
+    """The audit of an exact lock that several files look at, and its folder."""
+    return audited(tmp_path_factory)
+
+
+def test_results_have_the_form_of_version_1(shared: tuple[Path, AuditResult]) -> None:
+    folder, result = shared
+    document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert (document["document"], document["version"]) == ("unmergeable.audit", 1)
+    assert document["tool"] == um.__version__
+    assert document == json.loads(json.dumps(result.as_dict()))
+    assert complaints(document, FORM) == []
+    assert document["floors"] == list(FLOORS)
+    assert sorted(os.listdir(folder)) == ["cache", "report.html", "results.json"]
+    assert result.files == (str(folder / "report.html"), str(folder / "results.json"))
+
+
+def test_rows_refer_to_each_other(shared: tuple[Path, AuditResult]) -> None:
+    document = shared[1].as_dict()
+    rows = document["rows"]
+    assert [row["id"] for row in rows] == list(range(len(rows)))
+    for level in document["levels"]:
+        for floor in level["floors"]:
+            for side in SIDES:
+                number = floor[side]["row"]
+                if number is not None:
+                    assert rows[number]["side"] in (side, "without")
+                    assert rows[number]["level"] <= level["level"]
+    for row in rows:
+        if row["test"] is not None:
+            assert row["test"]["joint"] == min(row["test"]["protected"], row["test"]["own"])
+            assert set(row["scores"]) == set(thief_cases.CLASSES)
+
+
+def test_the_report_says_what_the_results_say(shared: tuple[Path, AuditResult]) -> None:
+    folder, result = shared
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.lower().startswith("<!doctype html>")
+    for name in (*thief_cases.CLASSES, "anchor-coupled", "full_dose", COLLUDE, "quantise-4"):
+        assert name in page
+    assert result.as_dict()["models"]["protected"]["sha256"] in page
+
+
+def test_there_are_rows_on_all_sides(shared: tuple[Path, AuditResult]) -> None:
+    result = shared[1]
+    tried = {(row.attack, row.side) for row in result.rows}
+    for name in ("task_arithmetic", "ties"):
+        assert {side for attack, side in tried if attack == name} == set(SIDES)
+    assert {side for attack, side in tried if attack == "full_dose"} == {"protected", "plain"}
+    assert (f"anchor-coupled > {PROOF}", "plain") in tried
+    assert ("anchor-coupled > full_dose", "protected") in tried
+    for prepared in ("anchor-coupled", "quantise-4", COLLUDE):
+        assert {(f"{prepared} > probe", side) for side in ("protected", "plain")} <= tried
+    assert len(tried) == len(result.rows)
+    assert {row.attack.split(" > ")[-1] for row in result.rows} <= {*ATTACKS, "probe", PROOF}
+    assert result.left_out == []
+    assert (
+        "only a part of the suite was run: the figures are those of the attacks that were named"
+        in result.notes
+    )
+
+
+def test_requirements_are_judged(shared: tuple[Path, AuditResult]) -> None:
+    result = shared[1]
+    low, high = result.requirements
+    assert (low.level, low.holds) == (0, True)
+    assert (high.level, high.holds) == (1, False)
+    assert low.found == 1 - result.level(0).interval[1]
+    assert not result.holds
+    assert replace(result, requirements=(low,)).holds
+    with pytest.raises(KeyError):
+        result.level(2)
+
+
+def test_the_command_does_it_again(shared: tuple[Path, AuditResult], models: Path, tmp_path: Path) -> None:
+    assert shared[1].command == f"unmergeable.audit(config, {str(shared[0])!r})"
+    path = tmp_path / "it's an audit.yaml"
+    path.write_text(yaml.safe_dump(configuration(models, attacks=QUICK)))
+    result = audit(path, tmp_path / "out", cache=shared[0] / "cache")
+    assert result.command == f"""unmergeable audit '{tmp_path}/it'"'"'s an audit.yaml' -o {tmp_path}/out"""
