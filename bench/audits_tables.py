@@ -117,25 +117,24 @@ def summary(found: Found) -> str:
 
 def scenario_table(found: Found, scenarios: Mapping[str, str]) -> str:
     """Circumstances in which everything must come back."""
-    lines = [
-        (scenarios[case.method], share(level_of(result, 0)), share(level_of(result, 1)))
-        for case, result in found.values()
-        if case.method in scenarios
-    ]
-    lines = [("no lock", *_shares(found, "embedded", "none")), *lines] if lines else lines
-    return (
-        "## Where nothing is protected\n\n"
-        + SCENARIOS
-        + "\n\n"
-        + table(("on the embedded zoo, `exact`", "level 0", "level 1"), lines)
-    )
-
-
-def _shares(found: Found, setting: str, method: str) -> tuple[str, str]:
+    unlocked = _result(found, "embedded", "none")
+    lines = []
     for case, result in found.values():
-        if (case.setting, case.method) == (setting, method):
-            return share(level_of(result, 0)), share(level_of(result, 1))
-    return "", ""
+        if case.method in scenarios or (case.setting, case.method) == ("embedded", "none"):
+            cells = []
+            for level in (0, 1):
+                one = level_of(result, level)
+                cells += [share(one), _against(one, level_of(unlocked, level) if unlocked else None)]
+            lines.append((scenarios.get(case.method, "no lock"), *cells))
+    header = ("on the embedded zoo, `exact`", "level 0", "gains", "level 1", "gains")
+    return "## Where nothing is protected\n\n" + SCENARIOS + "\n\n" + table(header, lines)
+
+
+def _against(level: Mapping[str, Any] | None, unlocked: Mapping[str, Any] | None) -> str:
+    """The sum of the gains with the protected model, and that with models that were never locked."""
+    if level is None or unlocked is None:
+        return ""
+    return f"{number(level['gains']['protected'])} of {number(unlocked['gains']['plain'])}"
 
 
 def through(found: Found, setting: str) -> str:
@@ -282,7 +281,9 @@ itself, accuracy or minus nats a token. Seconds are those of the audit, without 
 it.
 """
 SCENARIOS = """
-The audit has to be able to say that everything is lost. Here it must.
+The audit has to be able to say that everything is lost. Here it must, but for the thief at level 0 who has two
+releases of one model, each locked by itself. Gains: summed over the floors with the protected model, of those with
+models that were never locked.
 """
 METHODS_HEAD = """
 ## Off the shelf, method by method

@@ -223,3 +223,24 @@ def test_a_worker_that_dies_ends_the_audit(models: Path, tmp_path: Path) -> None
     with pytest.raises(RunError, match="a worker died"):
         audit(fields, tmp_path / "out", workers=2)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_script_without_its_guard_is_told(models: Path, tmp_path: Path) -> None:
+    """Workers import the script that started them."""
+    fields = configuration(models, attacks=QUICK)
+    (tmp_path / "audit.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
+    call = "unmergeable.audit('audit.yaml', 'out', workers=2)\n"
+    (tmp_path / "bare.py").write_text(f"import unmergeable\n{call}")
+    (tmp_path / "guarded.py").write_text(f"import unmergeable\nif __name__ == '__main__':\n    {call}")
+    bare, guarded = (
+        subprocess.run(
+            [sys.executable, name], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        for name in ("bare.py", "guarded.py")
+    )  # fmt: skip
+    assert bare.returncode != 0
+    assert "an audit was begun by the import of a script" in bare.stderr
+    assert "a worker died" in bare.stderr
+    assert guarded.returncode == 0, guarded.stderr
+    assert (tmp_path / "out" / "report.html").exists()

@@ -37,7 +37,7 @@ def audit(
         config: a YAML file, or what it holds; paths are relative to its folder, or to the working one.
         output: the folder for results; what an earlier run found there is used again.
         workers: processes; one a core if not given, as memory allows, and one for a GPU. Figures do not depend
-            on it.
+            on it. Workers import the script that started them: it calls this under `if __name__ == "__main__":`.
         budget: minutes; what does not fit is left out, the least informative first, and said.
         require: by level, the least protection that is asked for.
         cache: a folder of rows that audits share; `output`/cache if not given.

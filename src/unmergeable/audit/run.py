@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import tempfile
@@ -88,6 +89,10 @@ def run_audit(
 def _check_usage(workers: int | None, budget: float | None, require: Mapping[int, float]) -> None:
     if workers is not None and workers < 1:
         raise UsageError("an audit needs a worker", where="workers", expected="1 or more", got=workers)
+    if workers != 1 and getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker imports the script that started it, and got here: it would start workers of its own.
+        hint = "put the script's call of audit() under: if __name__ == '__main__'"
+        raise UsageError("an audit was begun by the import of a script", where="workers", hint=hint)
     if budget is not None and not budget > 0:
         raise UsageError("a budget of no time", where="budget", expected="minutes above 0", got=budget)
     for level, protection in require.items():

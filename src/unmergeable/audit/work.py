@@ -138,7 +138,7 @@ class Pool:
         try:
             yield from self._spread(self._executor, iter(jobs), until)
         except BrokenProcessPool:
-            hint = "it may be out of memory: give fewer --workers"
+            hint = "what it said stands above; if nothing, it may be out of memory: give fewer --workers"
             raise RunError("a worker died", hint=hint) from None
 
     def _spread(
