@@ -1,4 +1,4 @@
-# make demo      lock, verify, merge and unlock the embedded models; a picture and demo.json in demo/
+# make demo      lock, verify, merge, unlock and audit the embedded models; pictures, figures and a report in demo/
 # make test      style, types and all tests but the slow ones: what CI runs
 # make test-all  the slow ones too: real models from packages, every architecture, the kill tests, and the
 #                report in a real browser (Chromium, which the system must have)
@@ -50,8 +50,12 @@ endif
 	touch $@
 
 $(VENV)/.browser: $(STAMP)
+ifneq ($(UV),)
+	uv pip install --python $(BIN)/python --constraint constraints.txt --editable ".[browser]"
+else
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --editable ".[browser]"
+endif
 	touch $@
 
 clean:

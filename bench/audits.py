@@ -3,7 +3,7 @@
     python bench/audits.py -d WORK --docs docs/results.md                 # the embedded zoo alone
     python bench/audits.py -d WORK --zoo PATH --docs docs/results.md      # all of it, hours on two cores
     python bench/audits.py -d WORK --zoo PATH --only text-c               # names that begin so
-    python bench/audits.py -d WORK --zoo PATH --docs docs/results.md --tables   # from what WORK holds
+    python bench/audits.py -d WORK --zoo PATH --docs docs/results.md --readme README.md --tables   # of what is there
 
 Locks are drawn from a key and salts made of --seed. Rows are kept in WORK/cache: a run that was stopped goes on,
 and the unprotected side of a setting is computed once for all of its locks.
@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 import unmergeable as um
-from audits_tables import document
+import zoo_tables
+from audits_tables import document, readme
 from unmergeable import zoo
 
 # How the protected model is made from its fine-tune: options of `lock`; None leaves it as it is.
@@ -38,6 +39,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "params nonsymmetric": {"method": "params", "options": {"form": "nonsymmetric"}},
     "params --prune-rate 0.2": {"method": "params", "prune_rate": 0.2},
 }
+# Where the table of audits stands in a document.
+BEGIN, END = "<!-- audits -->", "<!-- /audits -->"
 MAIN = ("exact", "gauge", "mergelock", "params diagonal")
 
 
@@ -230,6 +233,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tables", action="store_true", help="run nothing, write the document")
     parser.add_argument("--docs", type=Path, help="document to write")
+    parser.add_argument("--readme", type=Path, help="document whose table of audits is written")
     args = parser.parse_args()
     known = settings(args.work, args.zoo)
     chosen = [
@@ -244,14 +248,26 @@ def main() -> None:
         result = um.audit(config, folder, workers=args.workers, cache=args.work / "cache")
         shares = ", ".join(f"level {one.level}: {one.recovered:.3f}" for one in result.levels)
         print(f"{case.name}: {shares} ({time.monotonic() - began:.0f} s)", flush=True)
+    earlier = args.work / "zoo-tables.json"
+    if args.zoo is not None and not args.tables and not earlier.exists() and "".startswith(tuple(args.only)):
+        earlier.write_text(json.dumps(zoo_tables.measured(args.zoo), indent=1) + "\n", encoding="utf-8")
+    found = {}
+    for case in cases(args.zoo):
+        path = args.work / case.name / "results.json"
+        if path.exists():
+            found[case.name] = case, json.loads(path.read_text(encoding="utf-8"))
     if args.docs is not None:
-        found = {}
-        for case in cases(args.zoo):
-            path = args.work / case.name / "results.json"
-            if path.exists():
-                found[case.name] = case, json.loads(path.read_text(encoding="utf-8"))
         slices = {name: setting.slice for name, setting in known.items()}
-        args.docs.write_text(document(found, slices, SCENARIOS, args.seed), encoding="utf-8")
+        before = (
+            zoo_tables.tables(json.loads(earlier.read_text(encoding="utf-8"))) if earlier.exists() else None
+        )
+        args.docs.write_text(document(found, slices, SCENARIOS, args.seed, before), encoding="utf-8")
+    if args.readme is not None:
+        text = args.readme.read_text(encoding="utf-8")
+        head, _, rest = text.partition(BEGIN)
+        args.readme.write_text(
+            f"{head}{BEGIN}\n{readme(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
