@@ -34,6 +34,7 @@ _PUBLIC = {
     "merge": "merge",
     "audit": "audit",
     "attack": "attack",
+    "harden": "harden",
     "demo": "demo",
     "model_card": "modelcard",
     "UnmergeableError": "errors",
@@ -56,6 +57,7 @@ __all__ = [
     "audit",
     "demo",
     "generate_key",
+    "harden",
     "inspect",
     "load_key",
     "lock",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from .audit import audit
     from .demo import demo
     from .errors import ClaimError, InputError, RunError, UnmergeableError, UsageError
+    from .harden import harden
     from .inspection import Inspection, inspect
     from .keys import Key, generate_key, load_key
     from .lock import lock

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +205,52 @@ def _attack(args: argparse.Namespace) -> Outcome:
     return Outcome(report.as_dict(), render_merge.attacked(report))
 
 
+def _harden(args: argparse.Namespace) -> Outcome:
+    from . import _render_harden as render_harden
+    from .harden import harden
+
+    key = None if args.key is None else _key(args)
+    with progress("harden", args.quiet, unit="step") as told:
+        report = harden(
+            args.expert,
+            args.dst,
+            base=args.base,
+            data=args.data,
+            task=args.task,
+            fields=_yaml_pairs(args.set or ()),
+            proxies=args.proxies or (),
+            objective=args.objective,
+            strength=args.strength,
+            max_loss=args.max_loss,
+            steps=args.steps,
+            rate=args.rate,
+            batch=args.batch,
+            seed=args.seed,
+            lock=key,
+            device=args.device,
+            progress=told,
+        )
+    return Outcome(report.as_dict(), render_harden.hardened(report))
+
+
+def _yaml_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """FIELD=VALUE, the value as YAML has it: as it would stand in a configuration."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name or name in found:
+            raise UsageError(
+                "not a field with its value, once", where=f"--set {pair}", expected="FIELD=VALUE"
+            )
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError("not a value", where=f"--set {pair}", expected="YAML") from None
+    return found
+
+
 def _audit(args: argparse.Namespace) -> Outcome:
     if args.init:
         return _audit_init(args)
@@ -287,6 +333,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "lock": _lock,
     "verify": _verify,
     "unlock": _unlock,
+    "harden": _harden,
     "merge": _merge,
     "attack": _attack,
     "audit": _audit,

@@ -6,6 +6,7 @@ import argparse
 
 from . import __version__
 from ._completion import SHELLS
+from ._parser_harden import harden
 from ._parser_merging import ATTACKS, LOCK_METHODS, MERGE_METHODS, attack, audit, merge
 from ._parser_parts import Parser, architecture, jobs, json, key, passphrase, quiet, verb
 
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         _lock,
         _verify,
         _unlock,
+        harden,
         merge,
         attack,
         audit,

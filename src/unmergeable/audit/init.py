@@ -157,12 +157,12 @@ def _text(
     ]
     text = "\n".join(lines) + "\n"
     for path in (protected, *others):
-        kind = _kind(configs[path] or configs[base])
+        kind = kind_of(configs[path] or configs[base])
         text += f"  {tasks[path]}:\n    kind: {kind or 'python'}\n" + (_DATA[kind] if kind else _OTHERWISE)
     return text
 
 
-def _kind(config: Mapping[str, Any]) -> str | None:
+def kind_of(config: Mapping[str, Any]) -> str | None:
     """The kind of task that a model's class is for; None if that cannot be said."""
     for name in config.get("architectures") or ():
         for ending, kind in _KINDS.items():

@@ -1,0 +1,55 @@
+"""What `harden` prints for people. What a script should read is the JSON document."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._render import fields, table
+
+if TYPE_CHECKING:
+    from .harden import HardenReport
+
+_ABOUT = """\
+exposure: the value of the task (base 0, fine-tune 1) in simulated merges with stand-ins for a thief's models, on
+held-out examples. What a real thief gets, `unmergeable audit` says: with models and data that were not used here."""
+
+
+def hardened(report: HardenReport) -> str:
+    """The text of `unmergeable harden`."""
+    accurate = report.metric == "accuracy"
+    unit = "points" if accurate else "% of the cross-entropy"
+    head = fields(
+        [
+            ("hardened", f"{report.expert} -> {report.dst}"),
+            ("by", f"{report.objective}, strength {report.strength:.3g}"),
+            (
+                "training",
+                f"{report.steps} steps of {report.batch} examples, rate {report.rate:g}, on {report.device}",
+            ),
+            ("examples", f"{report.examples['training']:,}, and {report.examples['held']:,} held out"),
+            ("proxies", ", ".join(report.proxies) or "made up"),
+            ("locked", report.locked),
+            ("seed", report.seed or None),
+            ("time", f"{report.seconds:.0f} s"),
+        ]
+    )
+    standalone, exposure = report.standalone, report.exposure
+    rows = [
+        (
+            f"{report.metric} alone", f"{standalone['before']:.4f}", f"{standalone['after']:.4f}",
+            f"{-report.loss:+.2f} {unit}",
+        ),
+        ("exposure, mean", f"{exposure['before']['mean']:.2f}", f"{exposure['after']['mean']:.2f}", ""),
+        ("exposure, most", f"{exposure['before']['most']:.2f}", f"{exposure['after']['most']:.2f}", ""),
+    ]  # fmt: skip
+    parts = [head, table(("on held-out examples", "before", "after", "change"), rows, (1, 2))]
+    if len(report.trials) > 1:
+        tries = [
+            (
+                f"{one['strength']:.3g}", f"{-one['loss']:+.2f}", f"{one['exposure']['mean']:.2f}",
+                "yes" if one["allowed"] else "no",
+            )
+            for one in report.trials
+        ]  # fmt: skip
+        parts.append(table(("strength", f"change, {unit}", "exposure, mean", "allowed"), tries, (0, 1, 2)))
+    return "\n\n".join([*parts, _ABOUT])

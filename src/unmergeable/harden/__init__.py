@@ -1,0 +1,122 @@
+"""Harden: a short training after which merges of a fine-tune fail, also for whoever undoes every symmetry.
+
+    harden("my-model", "my-model-hardened", base="base", data="train.npz")
+
+Data flows one way: paths -> owner (models and data in memory) -> objective and strength -> trained weights -> the
+same checkpoint with other numbers in it. Nothing of a merge is hidden in a symmetry, so a lock may follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+
+    from ..keys import Key
+
+    Path_ = str | os.PathLike[str]
+
+__all__ = ["HardenReport", "harden"]
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class HardenReport:
+    """What was hardened, what it cost, and what an owner can see of its effect; `as_dict` is the JSON document.
+
+    Attributes:
+        expert, base, dst, data: paths. proxies: further fine-tunes that stood in for a thief's.
+        objective, strength, steps, rate, batch, seed: of the training that was taken.
+        standalone: the held-out score before and after. loss: points of accuracy or per cent of cross-entropy.
+        exposure: before and after, mean and largest value of the task in simulated merges of held-out examples.
+        trials: all strengths that were tried, with the same figures.
+        locked: the id of the key that it was locked with; None if it was not.
+        examples: how many were trained on, and held out. seconds: in all. device: of training.
+    """
+
+    expert: str
+    base: str
+    dst: str
+    data: str
+    proxies: tuple[str, ...]
+    objective: str
+    strength: float
+    steps: int
+    rate: float
+    batch: int
+    seed: int
+    metric: str
+    standalone: Mapping[str, float]
+    loss: float
+    exposure: Mapping[str, Mapping[str, float]]
+    trials: Sequence[Mapping[str, Any]]
+    locked: str | None
+    examples: Mapping[str, int]
+    seconds: float
+    device: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        from dataclasses import asdict
+
+        return {"document": "unmergeable.harden", "version": 1, **asdict(self), "proxies": list(self.proxies)}
+
+
+def harden(
+    expert: Path_,
+    dst: Path_,
+    *,
+    base: Path_,
+    data: Path_,
+    task: str | None = None,
+    fields: Mapping[str, Any] | None = None,
+    proxies: Sequence[Path_] = (),
+    objective: str = "trap",
+    strength: float | None = None,
+    max_loss: float | None = None,
+    steps: int | None = None,
+    rate: float | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    lock: Key | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> HardenReport:
+    """Train a finished fine-tune on, so that merges of it do not know its task, and write it.
+
+    Args:
+        expert: the fine-tune, a folder as save_pretrained writes it; never changed.
+        dst: the new folder; it appears whole or not at all. A training that was killed goes on from `dst`.hardening.
+        base: what it was fine-tuned from.
+        data: examples of its task to train on; a tenth is held out to measure on.
+        task: `image-classification`, `language-modelling` or `text-classification`; the model's class says it if
+            not given.
+        fields: further fields of the task, as in an audit's configuration: mean, images, length, …
+        proxies: other fine-tunes of the base, or LoRA adapters, in the place of a thief's.
+        objective: `trap`, `trap2`, `repel`, `plain` (a control), or several with a + between them.
+        strength: of the objective; with `max_loss`, the first one that is tried.
+        max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
+            strengths are tried.
+        steps, rate, batch: of AdamW; as the kind of task asks for if not given.
+        seed: of everything random.
+        lock: a key to lock the result with, by `exact`.
+        device: "auto", "cpu" or "cuda".
+        progress: called with steps done, steps in all, and a label.
+
+    Raises:
+        UsageError: options that make no sense.
+        InputError: models or data that do not fit each other, a fine-tune that is no better than its base.
+        ClaimError: no strength keeps within `max_loss`.
+        RunError: not enough memory, or training that diverges. Nothing is left at DST in any of these cases.
+    """
+    from .run import run_harden
+
+    return run_harden(
+        expert, dst, base=base, data=data, task=task, fields=fields, proxies=proxies, objective=objective,
+        strength=strength, max_loss=max_loss, steps=steps, rate=rate, batch=batch, seed=seed, lock=lock, device=device,
+        progress=progress,
+    )  # fmt: skip

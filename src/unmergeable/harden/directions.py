@@ -1,0 +1,56 @@
+"""What a simulated merge adds to the fine-tune: task vectors of models that the owner has, or made up.
+
+A thief's own fine-tunes are not known. Stand-ins: other fine-tunes of the same base, Gaussian noise with the norm
+of every tensor of the task vector, or that task vector with rows and columns in another order and with other signs,
+which keeps the singular values of every matrix as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ..merging import State
+
+KINDS = ("random", "spectrum")
+
+
+class Directions:
+    """Draws directions.
+
+    Args:
+        models: task vectors of the owner's other fine-tunes; may be none.
+        made: which of `KINDS` are drawn as well; half of the time, if there are models.
+        seed: of all draws.
+    """
+
+    def __init__(self, models: Sequence[State], made: Sequence[str], seed: int) -> None:
+        self.models, self.made = list(models), tuple(made)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, vector: State) -> Mapping[str, torch.Tensor]:
+        """A direction for the task vector as it is now."""
+        choice = float(torch.rand((), generator=self.generator))
+        if self.models and (choice < 0.5 or not self.made):
+            return self.models[self._below(len(self.models))]
+        make = {"random": self._random, "spectrum": self._spectrum}[self.made[self._below(len(self.made))]]
+        return {name: make(delta) for name, delta in vector.items()}
+
+    def _below(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator))
+
+    def _random(self, delta: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(delta.shape, generator=self.generator).to(delta.device)
+        return noise * (delta.norm() / max(delta.numel(), 1) ** 0.5)
+
+    def _spectrum(self, delta: torch.Tensor) -> torch.Tensor:
+        for axis in range(min(delta.ndim, 2)):
+            size = delta.shape[axis]
+            order = torch.randperm(size, generator=self.generator).to(delta.device)
+            signs = (torch.randint(2, (size,), generator=self.generator) * 2 - 1).to(delta)
+            shape = [size if other == axis else 1 for other in range(delta.ndim)]
+            delta = delta.index_select(axis, order) * signs.reshape(shape)
+        return delta

@@ -1,0 +1,137 @@
+"""Simulated merges: how much of a fine-tune, and of something else, is in every tensor of what a thief might make.
+
+base + own ∘ (fine-tune − base) + other ∘ direction, with a coefficient for the whole model, for every block, for
+every kind of tensor, or for every row. Merges of whole models leave block substitution open: what is to resist it
+has to be trained against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from ..merging.blocks import layout
+
+# A number, or one a row: (rows, 1, …).
+Coefficient: TypeAlias = "float | torch.Tensor"
+
+# How often a merge draws coefficients for what.
+WHOLE, BLOCKS, KINDS, ROWS = 0.35, 0.3, 0.15, 0.2
+NONE, ALL, MOST = 0.35, 0.4, 1.3  # a part's coefficient: 0, 1, else uniform up to MOST
+OTHER, FILL, BESIDE = (
+    (0.05, 0.6),
+    (0.2, 0.8),
+    0.25,
+)  # of the direction: everywhere, where little is own, elsewhere
+JITTER = 0.3
+NEAR = 0.1  # a whole fine-tune alone, to within this, is no merge
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Coefficients of one merge.
+
+    Attributes:
+        own: of the fine-tune's task vector, by tensor.
+        other: of the direction, by tensor; 0 everywhere if nothing is added.
+    """
+
+    own: Mapping[str, Coefficient]
+    other: Mapping[str, float]
+
+
+class Draws:
+    """Random merges of models with these tensors.
+
+    Args:
+        shapes: of the tensors that merges share, by name.
+        seed: of all draws.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], seed: int) -> None:
+        self.shapes = dict(shapes)
+        self.grid = layout(self.shapes)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> Draw:
+        """One merge: neither the fine-tune itself, nor a merge without it."""
+        while True:
+            found = self._draw()
+            parts = [torch.as_tensor(part) for part in found.own.values()]
+            itself = not any(found.other.values()) and all(
+                bool(((one - 1).abs() < NEAR).all()) for one in parts
+            )
+            if not itself and any(bool(one.any()) for one in parts):
+                return found
+
+    def _draw(self) -> Draw:
+        choice = self._uniform()
+        if choice < WHOLE:
+            return self._whole()
+        if choice < WHOLE + BLOCKS:
+            return self._filled(self._blocks())
+        if choice < WHOLE + BLOCKS + KINDS:
+            return self._filled(self._kinds())
+        return self._rows()
+
+    def _uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        return low + (high - low) * float(torch.rand((), generator=self.generator))
+
+    def _pick(self) -> float:
+        choice = self._uniform()
+        return 0.0 if choice < NONE else 1.0 if choice < NONE + ALL else self._uniform(0, MOST)
+
+    def _whole(self) -> Draw:
+        """Task arithmetic, a full dose, or a part of the task vector alone."""
+        own = self._uniform(0, MOST) if self._uniform() < 0.5 else 1.0
+        alone = abs(own - 1) > NEAR and self._uniform() < 0.3
+        other = 0.0 if alone else self._uniform(*OTHER)
+        spread = JITTER if self._uniform() < 0.5 else 0.0
+        noise = 1 + spread * torch.randn(2, len(self.shapes), generator=self.generator)
+        return Draw(
+            {name: own * float(factor) for name, factor in zip(self.shapes, noise[0], strict=True)},
+            {name: other * float(factor) for name, factor in zip(self.shapes, noise[1], strict=True)},
+        )
+
+    def _blocks(self) -> dict[str, float]:
+        """Blocks cut in two, or each with a coefficient of its own."""
+        blocks = self.grid.blocks
+        if self._uniform() < 0.5:
+            cut, first = int(self._uniform(0, len(blocks) + 1)), self._uniform() < 0.5
+            found = {block: float((place < cut) == first) for place, block in enumerate(blocks)}
+        else:
+            found = {block: self._pick() for block in blocks}
+        return {name: found[self.grid.units[name][0]] for name in self.shapes}
+
+    def _kinds(self) -> dict[str, float]:
+        """Kinds of tensors, in some of the blocks."""
+        blocks, kinds = self._blocks(), {kind: self._pick() for kind in self.grid.kinds}
+        return {name: own * kinds[self.grid.units[name][1]] for name, own in blocks.items()}
+
+    def _filled(self, own: Mapping[str, float]) -> Draw:
+        """The direction where little of the fine-tune is, and a little of it elsewhere, or not."""
+        fill, beside = self._uniform(*FILL), self._uniform(0, BESIDE) * (self._uniform() < 0.5)
+        return Draw(own, {name: fill if part < 0.5 else beside for name, part in own.items()})
+
+    def _rows(self) -> Draw:
+        """A coefficient a row, around the tensor's own or of a few values."""
+        other, spread = self._uniform(*OTHER), self._uniform(0.1, 0.6)
+        coarse = self._uniform() < 0.5
+        own: dict[str, Coefficient] = {}
+        for name, shape in self.shapes.items():
+            if not shape:
+                own[name] = self._pick()
+                continue
+            rows = torch.rand(2, shape[0], generator=self.generator)
+            if coarse:
+                values = torch.where(
+                    rows[0] < NONE, 0.0, torch.where(rows[0] < NONE + ALL, 1.0, MOST * rows[1])
+                )
+            else:
+                middle = self._uniform(0, MOST)
+                values = (middle + spread * (2 * rows[0] - 1)).clamp(0, MOST)
+            own[name] = values.reshape(-1, *[1] * (len(shape) - 1))
+        return Draw(own, dict.fromkeys(self.shapes, other))

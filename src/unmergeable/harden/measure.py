@@ -1,0 +1,79 @@
+"""What an owner can see by himself, on held-out examples: how good the fine-tune is, and how much of it merges keep.
+
+He does not have the thief's tasks, so only the protected task's value is measured: of fixed merges with stand-ins
+for the thief's fine-tunes. The audit, with models and data that hardening never saw, is the judge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .directions import Directions
+from .draws import Draw, Draws
+
+if TYPE_CHECKING:
+    from ..tasks.task import Floats
+    from .owner import Owner
+
+MERGES, EXAMPLES = 24, 128
+GRID = tuple((own, other) for own in (0.3, 0.5, 0.7, 1.0) for other in (0.2, 0.45))
+SEED = 0x5EED  # other merges than those that are trained against
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """The value of the protected task in merges: 0 the base, 1 the fine-tune. mean: of them; most: the largest."""
+
+    mean: float
+    most: float
+
+
+class Measure:
+    """Fixed examples and merges, to compare states of one fine-tune by.
+
+    Args:
+        owner: with the fine-tune as it is before hardening, which values are relative to.
+        made: as in `Directions`.
+
+    Attributes:
+        before_scores, base_scores: of the fine-tune and of its base, an example each. before: the former's mean.
+    """
+
+    def __init__(self, owner: Owner, made: tuple[str, ...]) -> None:
+        self.owner = owner
+        shapes = {name: one.shape for name, one in owner.weights.parameters.items()}
+        draws = Draws(shapes, SEED)
+        self.draws = [
+            *(Draw(dict.fromkeys(shapes, own), dict.fromkeys(shapes, other)) for own, other in GRID),
+            *(draws.draw() for _ in range(MERGES)),
+        ]
+        self.made = made
+        self._few = range(min(EXAMPLES, len(owner.task)))
+        nothing = Draw(dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0))
+        self.before_scores = self._scores()
+        with owner.weights.merged(nothing, owner.weights.base):
+            self.base_scores = self._scores()
+        self.before = float(self.before_scores.mean())
+
+    def standalone(self) -> float:
+        """The mean score of the weights as they are."""
+        return float(self._scores().mean())
+
+    def _scores(self, index: range | None = None) -> Floats:
+        self.owner.module.eval()
+        every = range(len(self.owner.task)) if index is None else index
+        return self.owner.task.score(self.owner.module, every)
+
+    def exposure(self) -> Exposure:
+        """Of the weights as they are."""
+        weights = self.owner.weights
+        plain, base = (float(one[self._few].mean()) for one in (self.before_scores, self.base_scores))
+        directions = Directions(self.owner.vectors, self.made, SEED)
+        values = []
+        for draw in self.draws:
+            with torch.no_grad(), weights.merged(draw, directions.draw(weights.vector())):
+                values.append((float(self._scores(self._few).mean()) - base) / (plain - base))
+        return Exposure(sum(values) / len(values), max(values))

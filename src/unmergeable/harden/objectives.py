@@ -1,0 +1,208 @@
+"""What is added to a fine-tune's own loss so that merges of it fail. Each objective is one function of a step.
+
+They leave their gradients in the parameters, pass by pass, so that no two forward passes are held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..errors import UsageError
+from ..tasks.task import IGNORED, Call, Examples, TensorTask
+from .draws import Draw
+
+if TYPE_CHECKING:
+    from ..merging import State
+    from .directions import Directions
+    from .draws import Draws
+    from .merged import Weights
+
+LEAST = 1e-4  # of 1 − p: what an answer that is all but certain costs is bounded by −log of it
+
+
+@dataclass(frozen=True)
+class Step:
+    """What objectives are given.
+
+    Attributes:
+        weights: the fine-tune and its base. draws, directions: of simulated merges.
+        task: what the fine-tune is for. call: its module. batch: labelled examples, on its device.
+        backward: of a loss, with its factor.
+    """
+
+    weights: Weights
+    draws: Draws
+    directions: Directions
+    task: TensorTask
+    call: Call
+    batch: Examples
+    backward: Callable[[torch.Tensor], None]
+
+
+class Objective(Protocol):
+    """One way of hardening, with where it is from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+    def add(self, step: Step, strength: float) -> float:
+        """Add the gradients of strength × the objective; returns the objective."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Nothing but the fine-tune's own loss: the control, trained for as many steps."""
+
+    name = "plain"
+    source = "a control"
+
+    def add(self, step: Step, strength: float) -> float:
+        """Nothing."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Simulated merges must not know the task: −log(1 − p) of the right answer, bounded.
+
+    merges: a step. inner: steps of gradient descent that the thief takes on his coefficients before he is judged,
+    each with a forward and a backward pass more; rate: of these steps.
+    """
+
+    merges: int = 2
+    inner: int = 0
+    rate: float = 0.1
+    name = "trap"
+    source = "this package; the bounded term is unlikelihood training, arXiv 1908.04319"
+
+    def add(self, step: Step, strength: float) -> float:
+        """Every merge in turn."""
+        total = 0.0
+        for _ in range(self.merges):
+            draw, direction = step.draws.draw(), step.directions.draw(step.weights.vector())
+            for _ in range(self.inner):
+                draw = _improved(step, draw, direction, self.rate)
+            with step.weights.merged(draw, direction):
+                loss = unlikelihood(step.task, step.call, step.batch)
+                step.backward(strength / self.merges * loss)
+            total += float(loss.detach()) / self.merges
+        return total
+
+
+@dataclass(frozen=True)
+class Trap2:
+    """The loss of the fine-tune's task vector at another scale must rise, over the scale (arXiv 2601.21898).
+
+    Unbounded, as published: small strengths only.
+    """
+
+    name = "trap2"
+    source = "Trap², arXiv 2601.21898"
+
+    def add(self, step: Step, strength: float) -> float:
+        """One scale, from .05 to .95 or from 1.05 to 2."""
+        first, second = torch.rand(2, generator=step.draws.generator).tolist()
+        scale = 0.05 + 0.9 * first if second < 0.5 else 1.05 + 0.95 * first
+        names = step.weights.parameters
+        draw = Draw(dict.fromkeys(names, scale), dict.fromkeys(names, 0.0))
+        with step.weights.merged(draw, step.weights.base):
+            loss = -step.task.loss(step.call, step.batch) / scale
+            step.backward(strength * loss)
+        return float(loss.detach())
+
+
+@dataclass(frozen=True)
+class Repel:
+    """Every matrix must be at least `distance` of its base's norm away from it (after ARF, arXiv 2606.30360)."""
+
+    distance: float = 0.05
+    name = "repel"
+    source = "anchor repulsion, after arXiv 2606.30360"
+
+    def add(self, step: Step, strength: float) -> float:
+        """No forward pass at all."""
+        total = torch.zeros((), device=next(iter(step.weights.base.values())).device)
+        for name, one in step.weights.parameters.items():
+            origin = step.weights.base[name]
+            if origin.ndim > 1:
+                # A square root has no gradient at 0, where a fine-tune that left a matrix alone stands.
+                apart = ((one - origin).square().sum() + 1e-12 * origin.square().sum()).sqrt()
+                total = total + torch.relu(self.distance - apart / origin.norm().clamp(min=1e-12))
+        if total.requires_grad:
+            step.backward(strength * total)
+        return float(total.detach())
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several objectives at once."""
+
+    parts: tuple[Objective, ...]
+
+    @property
+    def name(self) -> str:
+        """As `objective` reads it."""
+        return "+".join(part.name for part in self.parts)
+
+    @property
+    def source(self) -> str:
+        """Of each."""
+        return "; ".join(part.source for part in self.parts)
+
+    def add(self, step: Step, strength: float) -> float:
+        """One after the other."""
+        return sum(part.add(step, strength) for part in self.parts)
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "trap": Trap,
+    "trap2": Trap2,
+    "repel": Repel,
+    "plain": Plain,
+}
+
+
+def objective(name: str) -> Objective:
+    """An objective by its name, or several with a + between them.
+
+    Raises:
+        UsageError: no such objective.
+    """
+    names = name.split("+")
+    for one in names:
+        if one not in OBJECTIVES:
+            raise UsageError("no such objective", where=one, expected=" | ".join(OBJECTIVES))
+    parts = tuple(OBJECTIVES[one]() for one in names)
+    return parts[0] if len(parts) == 1 else Together(parts)
+
+
+def unlikelihood(task: TensorTask, call: Call, batch: Examples) -> torch.Tensor:
+    """The mean of −log(1 − p + ε) over labels, p the probability of the right one. Differentiable."""
+    logits = task.logits(call, batch).float().flatten(0, -2)
+    labels = batch.labels.flatten()
+    counted = labels != IGNORED
+    right = torch.softmax(logits[counted], -1).gather(1, labels[counted, None])[:, 0]
+    return -(1 - right + LEAST).log().mean()
+
+
+def _improved(step: Step, draw: Draw, direction: State, rate: float) -> Draw:
+    """Coefficients after a step of the thief: down the gradient of the task's own loss, one a tensor."""
+    weights = step.weights
+    vector = weights.vector()
+    slopes: dict[str, float] = {}
+    with weights.merged(draw, direction):
+        step.backward(step.task.loss(step.call, step.batch))
+        for name, one in weights.parameters.items():
+            slopes[name] = 0.0 if one.grad is None else float((one.grad * vector[name]).sum())
+            one.grad = None  # the thief's, not the owner's
+    longest = max(map(abs, slopes.values()), default=0.0)
+    if not longest:
+        return draw
+    return Draw({name: part - rate * slopes[name] / longest for name, part in draw.own.items()}, draw.other)

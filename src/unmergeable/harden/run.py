@@ -1,0 +1,192 @@
+"""The verb `harden`, from paths to a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from ..audit.init import kind_of
+from ..audit.scores import check_separation, separation
+from ..checkpoint import check_destination, open_checkpoint
+from ..checkpoint.files import load_json
+from ..errors import ClaimError, InputError, UsageError
+from ..merging.tensors import load_state
+from ..merging.vectors import is_adapter
+from ..merging.write import write_merged
+from ..stock import quiet
+from . import HardenReport, Progress
+from .measure import Measure
+from .objectives import objective as objective_of
+from .owner import KINDS, Owner
+from .search import lost, search
+from .train import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..keys import Key
+
+# By kind of task: what a training is, unless it is asked for otherwise. Measured in docs/results.md.
+DEFAULTS = {
+    "image-classification": Settings(strength=0.15, steps=300, rate=3e-4, batch=64),
+    "text-classification": Settings(strength=0.15, steps=300, rate=1e-4, batch=32),
+    "language-modelling": Settings(strength=0.3, steps=1000, rate=5e-4, batch=16),
+}
+SUFFIX = ".hardening"
+
+
+def run_harden(
+    expert: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    task: str | None,
+    fields: Mapping[str, Any] | None,
+    proxies: Sequence[str | os.PathLike[str]],
+    objective: str,
+    strength: float | None,
+    max_loss: float | None,
+    steps: int | None,
+    rate: float | None,
+    batch: int | None,
+    seed: int,
+    lock: Key | None,
+    device: str,
+    progress: Progress | None,
+) -> HardenReport:
+    """As `harden`."""
+    began = time.monotonic()
+    chosen = objective_of(objective)
+    source, target = Path(expert), Path(dst)
+    kind = _kind(source, task)
+    settings = _settings(kind, strength, steps, rate, batch, seed)
+    if max_loss is not None and not max_loss >= 0:
+        raise UsageError("no loss that can be allowed", where="max_loss", expected="0 or more", got=max_loss)
+    with open_checkpoint(source) as checkpoint:
+        check_destination(checkpoint.root, target, checkpoint.nbytes)
+    if source.is_file():
+        raise InputError(
+            "a file of weights cannot be trained by itself", where=source, expected="a model's folder"
+        )
+    written = {"kind": kind, "data": str(data), **dict(fields or {})}
+    accelerator = _accelerator(device)
+    progress_folder = target.with_name(target.name + SUFFIX)
+    folder = progress_folder / _digest(source, base, written, proxies, objective)
+    with tempfile.TemporaryDirectory(prefix="unmergeable-harden-") as work:
+        owner = Owner(source, Path(base), written, [Path(path) for path in proxies], Path(work), accelerator)
+        measure = Measure(owner, settings.made)
+        check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
+        exposed = measure.exposure()
+        trials, state = search(owner, chosen, settings, accelerator, measure, max_loss, folder, progress)
+        if state is None:
+            least = min(trials, key=lambda one: one.loss)
+            raise ClaimError(
+                "no strength that was tried keeps the score",
+                where=str(source),
+                expected=f"a loss of at most {max_loss:g}",
+                got=f"{least.loss:.3g} at strength {least.strength:.3g}",
+                hint="nothing was written; allow more, or give more data or steps",
+            )
+        owner.weights.load(state)
+        _write(owner, source, target, Path(work), lock)
+    shutil.rmtree(progress_folder, ignore_errors=True)
+    taken = min((one for one in trials if one.allowed), key=lambda one: one.exposure.mean)
+    return HardenReport(
+        expert=str(expert),
+        base=str(base),
+        dst=str(dst),
+        data=str(data),
+        proxies=tuple(map(str, proxies)),
+        objective=chosen.name,
+        strength=taken.strength,
+        steps=settings.steps,
+        rate=settings.rate,
+        batch=settings.batch,
+        seed=seed,
+        metric=owner.task.metric,
+        standalone={"before": measure.before, "after": taken.standalone},
+        loss=lost(measure.before, taken.standalone),
+        exposure={"before": asdict(exposed), "after": asdict(taken.exposure)},
+        trials=[asdict(one) for one in trials],
+        locked=None if lock is None else lock.id,
+        examples={"training": len(owner.training), "held": len(owner.task)},
+        seconds=time.monotonic() - began,
+        device=str(accelerator.device),
+    )
+
+
+def _kind(expert: Path, asked: str | None) -> str:
+    if is_adapter(expert):
+        raise InputError(
+            "an adapter is not hardened by itself", where=expert, hint="merge it into its base first"
+        )
+    kind = asked
+    if kind is None and expert.is_dir():
+        kind = kind_of(load_json(expert / "config.json"))
+    if kind not in KINDS:
+        expected = " | ".join(KINDS)
+        raise UsageError("no kind of task that can be trained on", where="task", expected=expected, got=kind)
+    return kind
+
+
+def _settings(
+    kind: str, strength: float | None, steps: int | None, rate: float | None, batch: int | None, seed: int
+) -> Settings:
+    given = {"strength": strength, "steps": steps, "rate": rate, "batch": batch}
+    chosen = {**asdict(DEFAULTS[kind]), "seed": seed, **{n: v for n, v in given.items() if v is not None}}
+    for name, value in given.items():
+        if value is not None and not value > 0:
+            raise UsageError("a number that must be above 0", where=name, got=value)
+    if chosen["steps"] < 3:
+        raise UsageError("too few steps for a training", where="steps", expected="3 or more", got=steps)
+    return Settings(**{**chosen, "made": tuple(chosen["made"])})
+
+
+def _accelerator(device: str) -> Accelerator:
+    """Where, and in which precision: bf16 on a GPU that has it, float32 elsewhere."""
+    import torch
+
+    from ..audit.bench import pick_device
+
+    placed = pick_device(device)
+    mixed = "bf16" if placed.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    return Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
+
+
+def _digest(
+    expert: Path, base: object, fields: Mapping[str, Any], proxies: Sequence[object], objective: str
+) -> str:
+    """Names a training by what it is of, so that none goes on from another's checkpoint."""
+    stamps = []
+    for path in (expert, base, fields["data"], *proxies):
+        place = Path(str(path))
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        stamps += [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
+    facts = [str(expert), str(base), fields, list(map(str, proxies)), objective, stamps]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(owner: Owner, source: Path, target: Path, work: Path, lock: Key | None) -> None:
+    """The trained weights with the fine-tune's files, names and dtypes; locked, if there is a key."""
+    module: Any = owner.module
+    with quiet():
+        module.save_pretrained(work / "saved")
+    state: Mapping[str, torch.Tensor] = load_state(work / "saved")
+    if lock is None:
+        write_merged(target, state, source)
+        return
+    from ..lock import lock as lock_checkpoint
+
+    write_merged(work / "hardened", state, source)
+    lock_checkpoint(work / "hardened", target, key=lock)

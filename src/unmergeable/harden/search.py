@@ -1,0 +1,102 @@
+"""How strong an objective may be: the strength that exposes least, of those that cost no more than was allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .measure import Exposure, Measure
+from .train import Progress, Settings, train
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from .objectives import Objective
+    from .owner import Owner
+
+TRIES = 4
+ENOUGH = 0.02  # mean exposure below which a stronger objective is not tried
+FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: its strength, what it cost, and what merges of the result keep.
+
+    Attributes:
+        loss: of the standalone score on held-out examples: points of accuracy, or per cent of the cross-entropy.
+        allowed: whether it is within what was asked for.
+    """
+
+    strength: float
+    standalone: float
+    loss: float
+    exposure: Exposure
+    allowed: bool
+    figures: dict[str, float]
+
+
+def lost(before: float, after: float) -> float:
+    """What a score lost: points of accuracy, or per cent of a cross-entropy (a score below 0)."""
+    return 100 * (before - after) / (abs(before) if before < 0 else 1.0)
+
+
+def search(
+    owner: Owner,
+    objective: Objective,
+    settings: Settings,
+    accelerator: Accelerator,
+    measure: Measure,
+    max_loss: float | None,
+    folder: Path | None,
+    progress: Progress | None,
+) -> tuple[list[Trial], dict[str, torch.Tensor] | None]:
+    """Train with one strength, or with several until one is within `max_loss` and as strong as it may be.
+
+    Returns: all trials, and the weights of the best one that is allowed; None if none is.
+    """
+    start = owner.weights.copy()
+    trials: list[Trial] = []
+    best: tuple[float, dict[str, torch.Tensor]] | None = None
+    for strength in _strengths(settings.strength, trials, 1 if max_loss is None else TRIES):
+        owner.weights.load(start)
+        place = None if folder is None else folder / f"try-{len(trials)}"
+        told = None if progress is None else _told(progress, len(trials), strength)
+        chosen = replace(settings, strength=strength)
+        figures = train(owner, objective, chosen, accelerator, folder=place, progress=told)
+        standalone, exposure = measure.standalone(), measure.exposure()
+        loss = lost(measure.before, standalone)
+        allowed = max_loss is None or loss <= max_loss
+        trials.append(Trial(strength, standalone, loss, exposure, allowed, figures))
+        if allowed and (best is None or exposure.mean < best[0]):
+            best = exposure.mean, owner.weights.copy()
+    return trials, None if best is None else best[1]
+
+
+def _strengths(first: float, trials: list[Trial], tries: int) -> Iterator[float]:
+    """Stronger while it is allowed, weaker while it is not, then between the two."""
+    strength = first
+    for _ in range(tries):
+        yield strength
+        last = trials[-1]
+        if last.allowed and last.exposure.mean < ENOUGH:
+            return
+        most = max((one.strength for one in trials if one.allowed), default=None)
+        least = min((one.strength for one in trials if not one.allowed), default=None)
+        if most is None:
+            assert least is not None
+            strength = least / FACTOR**2
+        elif least is None:
+            strength = most * FACTOR
+        else:
+            strength = math.sqrt(most * least)
+
+
+def _told(progress: Progress, number: int, strength: float) -> Callable[[int, int, str], None]:
+    return lambda done, total, label: progress(
+        done, total, f"try {number + 1}, strength {strength:.3g}: {label}"
+    )
