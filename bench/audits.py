@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,8 @@ def settings(work: Path, zoo_path: Path | None) -> dict[str, Setting]:
         return found
     for name, family in (("text", "llama"), ("text2", "gpt2")):
         for protected, own in (("c", "python"), ("python", "js")):
-            found[f"{name}-{protected}"] = _text(zoo_path, family, protected, own)
-    found["images"] = _images(zoo_path)
+            found[f"{name}-{protected}"] = texts(zoo_path, family, (protected, own))
+    found["images"] = images(zoo_path, ("fmnist", "mnist", "cyr"))
     return found
 
 
@@ -137,32 +137,33 @@ def _embedded(folder: Path) -> Setting:
     )
 
 
-def _text(root: Path, family: str, protected: str, own: str) -> Setting:
+def texts(root: Path, family: str, tasks: Sequence[str]) -> Setting:
+    """Language models of the measuring zoo; the first task is the protected one's."""
     fields = {
         task: {
             "kind": "language-modelling", "data": str(root / "text-test.npz"), "field": task, "limit": 64,
             "train": {"data": str(root / "text-train.npz"), "field": task},
         }
-        for task in (protected, own)
+        for task in tasks
     }  # fmt: skip
-    models = {task: root / f"{family}-{task}" for task in (protected, own)}
+    models = {task: root / f"{family}-{task}" for task in tasks}
     return Setting(
         root / f"{family}-base", models, fields, "the first 64 test windows (16,384 tokens) a task"
     )
 
 
-def _images(root: Path) -> Setting:
-    order = ("fmnist", "mnist", "cyr")
+def images(root: Path, tasks: Sequence[str]) -> Setting:
+    """Image classifiers of the measuring zoo; the first task is the protected one's."""
     fields = {
         task: {
             "kind": "image-classification", "data": str(root / "vit-test.npz"),
             "images": f"{task}_images", "labels": f"{task}_labels", "mean": 0.5, "std": 0.5,
             "train": {"data": str(root / "vit-train.npz"), "limit": 8000},
         }
-        for task in order
+        for task in tasks
     }  # fmt: skip
     return Setting(
-        root / "vit-base-fmnist-head", {task: root / f"vit-{task}" for task in order}, fields,
+        root / f"vit-base-{tasks[0]}-head", {task: root / f"vit-{task}" for task in tasks}, fields,
         "all 1,000 test images a task",
     )  # fmt: skip
 

@@ -57,7 +57,12 @@ def document(
         DOUBTS,
         doubts(found),
     ]
-    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+    return page(*parts) + "\n"
+
+
+def page(*parts: str) -> str:
+    """Parts with a blank line between them."""
+    return "\n\n".join(part.strip("\n") for part in parts if part)
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
@@ -151,7 +156,7 @@ def scenario_table(found: Found, scenarios: Mapping[str, str]) -> str:
                 cells += [share(one), _against(one, level_of(unlocked, level) if unlocked else None)]
             lines.append((scenarios.get(case.method, "no lock"), *cells))
     header = ("on the embedded zoo, `exact`", "level 0", "gains", "level 1", "gains")
-    return "## Where nothing is protected\n\n" + SCENARIOS + "\n\n" + table(header, lines)
+    return page("## Where nothing is protected", SCENARIOS, table(header, lines))
 
 
 def _against(level: Mapping[str, Any] | None, unlocked: Mapping[str, Any] | None) -> str:
@@ -226,7 +231,7 @@ def claims(found: Found) -> str:
         ("protection", "merged, published", "after the published attack"),
         [(name, number(one, 1), number(other, 1)) for name, one, other in PUBLISHED],
     )
-    return CLAIMS + "\n\n" + ours + "\n\n" + PUBLISHED_HEAD + "\n\n" + published
+    return page(CLAIMS, ours, PUBLISHED_HEAD, published)
 
 
 def _kept(result: Document) -> list[float]:
@@ -269,7 +274,7 @@ def costs(found: Found) -> str:
         "seconds",
         "size",
     )
-    return "## What attacks cost\n\n" + COSTS + "\n\n" + table(header, lines)
+    return page("## What attacks cost", COSTS, table(header, lines))
 
 
 def doubts(found: Found) -> str:
@@ -290,8 +295,9 @@ What each lock is worth against each kind of thief, measured by the [audit](audi
 
     python bench/audits.py -d WORK --zoo PATH --docs docs/results.md
 
-attack suite {suite}, unmergeable {tool}, seed {seed}; {machine}, one thread a worker, two workers. Nothing here is
-tuned on the test half: merges are chosen on validation examples and reported on others. Examples:
+attack suite {suite}, unmergeable {tool}, seed {seed};
+{machine}; two workers of one thread.
+Nothing here is tuned on the test half: merges are chosen on validation examples and reported on others. Examples:
 
 {slices}
 

@@ -139,7 +139,7 @@ def fields_of(models: Path, protected: str, own: Sequence[str], limit: int, **ch
 def test_an_exact_lock_of_an_embedded_model_leaves_nothing_off_the_shelf(
     models: Path, tmp_path: Path
 ) -> None:
-    fields = fields_of(models, "cyrillic", ("latin",), 64, attacks=["full_dose"], levels=[0])
+    fields = fields_of(models, "cyrillic", ("latin",), 240, attacks=["full_dose"], levels=[0])
     result = audit(fields, tmp_path / "out", require={0: 0.9})
     level = result.level(0)
     assert level.reason is None

@@ -1,17 +1,17 @@
-"""Scores of an audit: values, choices on validation examples, the bootstrap on test examples, and refusals."""
+"""Scores of an audit: values, choices on validation examples, and refusals."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from audit_cases import OWN, PROTECTED, SIZES, TASKS, point, reference, row, scores
+from audit_cases import OWN, PROTECTED, SIZES, TASKS, reference, row, scores
+from score_cases import ALONE, POINTS, ROWS, few, look, validation
 from unmergeable.audit.rows import SIDES, Cost, Point, Row, Side
 from unmergeable.audit.scores import (
     FLOORS,
@@ -22,38 +22,9 @@ from unmergeable.audit.scores import (
     check_halves,
     check_separation,
     curve,
-    judge,
-    resample,
     separation,
 )
 from unmergeable.errors import InputError
-
-VALUES = st.floats(-0.8, 1.2).map(lambda value: round(value, 3))
-PAIRS = st.tuples(VALUES, VALUES)
-POINTS = st.builds(point, VALUES, VALUES, PAIRS)
-ROWS = st.lists(
-    st.builds(
-        lambda name, side, points, price: replace(
-            row(name, side), points=tuple(points), cost=Cost(forwards=float(price))
-        ),
-        st.sampled_from(("full_dose", "ties", "wide", "regmean", "untrap")),
-        st.sampled_from(SIDES),
-        st.lists(POINTS, max_size=3),
-        st.integers(0, 5),
-    ),
-    max_size=8,
-)
-ALONE = st.one_of(st.just(-np.inf), st.floats(-0.5, 0.5))
-few = settings(max_examples=60, deadline=None)
-
-
-def look(rows: Sequence[Row], known: Reference, level: int = 3, seed: int = 0) -> Level:
-    return judge(rows, known, level, seed=seed, resamples=50)
-
-
-def validation(known: Reference, chosen: Point | None) -> tuple[float, float]:
-    """What a thief believes to get: values on the examples that he chooses on."""
-    return (0.0, 0.0) if chosen is None else known.pair("validation", chosen.validation)
 
 
 def gain(known: Reference, level: Level, side: Side) -> float:
@@ -242,105 +213,6 @@ def test_of_merges_that_are_as_good_a_thief_takes_the_one_with_more_of_his_own()
         level = look(rows, reference())
         assert [floor.chosen["protected"].own for floor in level.floors] == pytest.approx([0.9] * 4)
         assert level.joint["protected"].own == pytest.approx(0.9)
-
-
-# --- the bootstrap -------------------------------------------------------------------------------------------
-
-
-@given(rows=ROWS, seed=st.integers(0, 3))
-@few
-def test_an_interval_can_be_had_again(rows: list[Row], seed: int) -> None:
-    known = reference()
-    one, two = (look(rows, known, seed=seed) for _ in range(2))
-    assert one.interval == two.interval or one.reason is not None
-
-
-@given(rows=ROWS, order=st.randoms(use_true_random=False))
-@few
-def test_the_order_of_rows_changes_nothing(rows: list[Row], order: object) -> None:
-    known = reference()
-    flat = [one for each in rows for one in each.points]
-    assume(len({validation(known, one) for one in flat}) == len(flat))
-    other = list(rows)
-    order.shuffle(other)  # type: ignore[attr-defined]
-    one, two = look(rows, known), look(other, known)
-    assert one.gains == two.gains
-    assert one.reason == two.reason
-    assert one.interval == two.interval or one.reason is not None
-    for a, b in zip(one.floors, two.floors, strict=True):
-        assert all(a.chosen[side].point is b.chosen[side].point for side in SIDES)
-
-
-def mixed(known: Reference, share: float, noise: float = 0.0) -> Point:
-    """A merge that is, on every example, so much of the fine-tune, and most of the thief's own."""
-    parts = {task: share if task == PROTECTED else 0.9 for task in TASKS}
-    halves = [
-        {
-            t: known.base[half][t] + part * (known.plain[half][t] - known.base[half][t])
-            for t, part in parts.items()
-        }
-        for half in ("validation", "test")
-    ]
-    halves[1][PROTECTED] += noise * np.random.default_rng(1).standard_normal(SIZES["test"])
-    return Point({}, *halves)
-
-
-def test_the_bootstrap_is_paired() -> None:
-    random = np.random.default_rng(0)
-    known = reference()
-    base = {half: {task: random.random(size) for task in TASKS} for half, size in SIZES.items()}
-    plain = {
-        half: {task: base[half][task] + 0.2 + 0.6 * random.random(size) for task in TASKS}
-        for half, size in SIZES.items()
-    }
-    known = replace(known, base=base, plain=plain)
-    rows = [
-        replace(row("full_dose", "plain"), points=(mixed(known, 1.0),)),
-        replace(row("full_dose", "protected"), points=(mixed(known, 0.3),)),
-    ]
-    level = look(rows, known)
-    assert level.recovered == pytest.approx(0.3)
-    assert level.interval == pytest.approx((0.3, 0.3))
-    rows[1] = replace(rows[1], points=(mixed(known, 0.3, 0.3),))
-    low, high = look(rows, known).interval
-    assert high - low > 0.05
-    # What thieves have without the model is taken off both, example by example.
-    rows = [replace(row("full_dose", "without"), points=(mixed(known, 0.2),)), *rows]
-    rows[2] = replace(rows[2], points=(mixed(known, 0.6),))
-    assert look(rows, known).interval == pytest.approx((0.5, 0.5))
-
-
-def test_an_interval_covers_what_it_should() -> None:
-    """Of many samples of examples, about 95 % have an interval with the truth in it."""
-    random = np.random.default_rng(3)
-    covered = 0
-    for _ in range(200):
-        base, plain, taken = (random.random(80) < rate for rate in (0.2, 0.9, 0.48))
-        known = Reference(
-            PROTECTED,
-            OWN,
-            {half: dict.fromkeys(TASKS, 1.0 * base) for half in SIZES},
-            {half: dict.fromkeys(TASKS, 1.0 * plain) for half in SIZES},
-        )
-        full, part = (
-            Point({}, dict.fromkeys(TASKS, 1.0 * plain), dict.fromkeys(TASKS, 1.0 * one))
-            for one in (plain, taken)
-        )
-        rows = [
-            replace(row("full_dose", "plain"), points=(full,)),
-            replace(row("full_dose", "protected"), points=(part,)),
-        ]
-        low, high = judge(rows, known, 0, resamples=200).interval
-        covered += low <= 0.4 <= high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_examples_are_drawn_anew_for_every_seed() -> None:
-    assert (resample(30, 1, 4) == resample(30, 1, 4)).all()
-    assert (resample(30, 1, 4) != resample(30, 2, 4)).any()
-    drawn = resample(30, 0, 500)
-    assert drawn.shape == (500, 30)
-    assert set(drawn.flat) == set(range(30))
 
 
 # --- what cannot be said -------------------------------------------------------------------------------------

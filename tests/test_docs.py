@@ -69,3 +69,21 @@ def test_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document):
         if "://" not in target:
             assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    """One script writes both; every row of the one is a row of the other."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- audits -->\n(.*?)<!-- /audits -->", readme, re.DOTALL)
+    assert block is not None
+    known = [_cells(line) for line in results.splitlines() if line.startswith("| ")]
+    rows = [_cells(line) for line in block[1].splitlines()[2:]]
+    assert len(rows) >= 4
+    for models, lock, *shares in rows:
+        (row,) = [one for one in known if one[:2] == [models, lock] and len(one) == 9]
+        assert [share or "–" for share in row[4:8]] == shares
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]

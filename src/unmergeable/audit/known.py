@@ -65,7 +65,8 @@ def prepare(bench: Bench) -> Known:
     check_separation(apart)
     check_halves(reference)
     by_itself = bench.measure(bench.alone("plain"), "validation")
-    reference = replace(reference, alone=reference.pair("validation", by_itself)[1])
+    itself = {task: by_itself[task] for task in reference.own}
+    reference = replace(reference, alone=reference.pair("validation", by_itself)[1], itself=itself)
     tasks = {
         name: {
             "kind": task.kind,

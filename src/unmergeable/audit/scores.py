@@ -10,14 +10,14 @@ examples. G(q) is that value less what a thief gets at the same level without th
 A merge that gives the thief nothing which the protected model by itself does not give is no theft by merging: a
 floor is at least MARGIN above the fine-tune's own value of the thief's tasks.
 
-Intervals are percentiles of a paired bootstrap: test examples are drawn anew, the same ones for all models, and
-choices stay as they are.
+Intervals are percentiles of a paired bootstrap: validation and test examples are drawn anew, the same ones for all
+models, and thieves choose anew: an interval has in it that another draw makes another choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Reference:
         protected: the protected task. own: the thief's.
         base, plain: scores by half ("screen", "validation", "test") and task.
         alone: the least value of the thief's tasks that the unprotected fine-tune has by itself, on validation
-            examples.
+            examples. itself: its scores on the thief's tasks there; none are needed without a bootstrap.
     """
 
     protected: str
@@ -50,6 +50,7 @@ class Reference:
     base: Mapping[str, Scores]
     plain: Mapping[str, Scores]
     alone: float = -np.inf
+    itself: Scores = field(default_factory=dict)
 
     @property
     def floors(self) -> tuple[float, ...]:
@@ -225,7 +226,7 @@ def judge(
             "there is nothing that could be recovered"
         )
         return Level(level, floors, np.nan, (np.nan, np.nan), gains, joint, reason)
-    drawn = _bootstrap(floors, reference, seed, resamples)
+    drawn = _bootstrap(pools, reference, seed, resamples)
     edge = (1 - COVERAGE) / 2
     low, high = np.nanpercentile(drawn, [100 * edge, 100 * (1 - edge)])
     return Level(
@@ -281,40 +282,83 @@ def _choose(
     return Chosen(best.row, best.point, value, own)
 
 
-def _bootstrap(floors: Sequence[Floor], reference: Reference, seed: int, resamples: int) -> Floats:
-    """`recovered` for test examples drawn anew, [resamples]."""
-    # Only the protected task's values enter G: its examples are all that has to be drawn.
-    task = reference.protected
-    base, plain = reference.base["test"][task], reference.plain["test"][task]
-    draws = resample(len(base), seed, resamples)
-    start = _means(base, draws)
-    span = _means(plain, draws) - start
-    sums: dict[str, Floats] = {}
-    known: dict[int, Floats] = {}
+def _bootstrap(
+    pools: Mapping[Side, Sequence[_Candidate]], reference: Reference, seed: int, resamples: int
+) -> Floats:
+    """`recovered` for examples drawn anew, [resamples]: thieves choose anew as well, on what they drew."""
+    shares = {
+        half: {task: _shares(len(reference.base[half][task]), seed, resamples) for task in reference.tasks}
+        for half in ("validation", "test")
+    }
 
-    def value(chosen: Chosen) -> Floats:
-        if chosen.point is None:
-            return np.zeros(resamples)
-        if id(chosen.point) not in known:
-            known[id(chosen.point)] = (_means(chosen.point.test[task], draws) - start) / span
-        return known[id(chosen.point)]
+    def values(half: str, task: str, scores: Sequence[Floats]) -> Floats:
+        """[candidates, resamples]; scores are one array of examples a candidate."""
+        start, end = (side[half][task] @ shares[half][task] for side in (reference.base, reference.plain))
+        return (np.stack(scores) @ shares[half][task] - start) / (end - start)
 
-    for side in ("protected", "plain"):
-        sums[side] = np.sum(
-            [value(floor.chosen[side]) - value(floor.chosen["without"]) for floor in floors], axis=0
-        )
+    known: dict[Side, tuple[Floats, Floats, Floats]] = {}
+    alone = np.full(resamples, reference.alone)
     with np.errstate(divide="ignore", invalid="ignore"):
+        for side, pool in pools.items():
+            if pool:
+                points = [candidate.point for candidate in pool]
+                valued, *own = (
+                    values("validation", task, [one.validation[task] for one in points])
+                    for task in reference.tasks
+                )
+                task = reference.protected
+                tested = values("test", task, [one.test[task] for one in points])
+                known[side] = valued, np.min(own, axis=0), tested
+        if reference.itself:
+            each = [values("validation", task, [reference.itself[task]])[0] for task in reference.own]
+            alone = np.min(each, axis=0)
+        sums: dict[Side, Floats] = {"protected": np.zeros(resamples), "plain": np.zeros(resamples)}
+        for asked in FLOORS:
+            floor = np.maximum(asked, alone + MARGIN)
+            rest, got = _drawn([known[s] for s in ("without",) if s in known], floor, None)
+            for side in sums:
+                held = [known[s] for s in (side, "without") if s in known]
+                sums[side] += _drawn(held, floor, got)[0] - rest
         ratio: Floats = sums["protected"] / sums["plain"]
     return np.where(np.isfinite(ratio), ratio, np.nan)
+
+
+def _drawn(
+    held: Sequence[tuple[Floats, Floats, Floats]], floor: Floats, alone: NDArray[np.bool_] | None
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """As `_choose`, for every resample: the values of what is taken, 0 where nothing is; and whether anything is.
+
+    Args:
+        held: of every pool: values and least own values on validation examples, values on test examples.
+        floor: of own values, by resample.
+        alone: where a thief takes something without the model, if that is asked for.
+    """
+    nothing = floor <= 0
+    if not held:
+        return np.zeros(len(floor)), ~nothing & False
+    value, own, tested = (np.concatenate(parts) for parts in zip(*held, strict=True))
+    # Of merges that are as good, the one that gives more of the rest.
+    worth = np.where((own >= floor) & np.isfinite(value), value + 1e-9 * (value + own), -np.inf)
+    best = worth.argmax(axis=0)
+    every = np.arange(len(floor))
+    taken = np.isfinite(worth[best, every])
+    if alone is not None:
+        nothing = nothing | ~alone
+    taken &= ~nothing | (value[best, every] > 0)
+    return np.where(taken, tested[best, every], 0.0), taken
+
+
+def _shares(count: int, seed: int, resamples: int) -> Floats:
+    """How much of a mean every example is, [count, resamples]."""
+    draws = resample(count, seed, resamples)
+    found = np.zeros((count, resamples))
+    np.add.at(found, (draws, np.arange(resamples)[:, None]), 1 / count)
+    return found
 
 
 def resample(count: int, seed: int, resamples: int) -> NDArray[np.int64]:
     """Examples drawn with replacement, [resamples, count]."""
     return np.random.default_rng([seed, count]).integers(0, count, (resamples, count))
-
-
-def _means(scores: Floats, draws: NDArray[np.int64]) -> Floats:
-    return np.asarray(scores[draws].mean(axis=1), dtype=np.float64)
 
 
 def check_separation(found: Mapping[str, Separation]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from ..errors import UsageError
-from ..tasks.task import IGNORED, Call, Examples, TensorTask
+from ..tasks.task import IGNORED, Call, Examples
 from .draws import Draw
 
 if TYPE_CHECKING:
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from .merged import Weights
 
 LEAST = 1e-4  # of 1 − p: what an answer that is all but certain costs is bounded by −log of it
+
+
+class Learner(Protocol):
+    """What objectives ask of a task: its TensorTask, or labels that come with every batch."""
+
+    def logits(self, call: Call, batch: Examples) -> torch.Tensor:
+        """(n, [positions,] classes), aligned with the labels."""
+
+    def loss(self, call: Call, batch: Examples) -> torch.Tensor:
+        """The mean cross-entropy, differentiable."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Step:
     weights: Weights
     draws: Draws
     directions: Directions
-    task: TensorTask
+    task: Learner
     call: Call
     batch: Examples
     backward: Callable[[torch.Tensor], None]
@@ -183,7 +193,7 @@ def objective(name: str) -> Objective:
     return parts[0] if len(parts) == 1 else Together(parts)
 
 
-def unlikelihood(task: TensorTask, call: Call, batch: Examples) -> torch.Tensor:
+def unlikelihood(task: Learner, call: Call, batch: Examples) -> torch.Tensor:
     """The mean of −log(1 − p + ε) over labels, p the probability of the right one. Differentiable."""
     logits = task.logits(call, batch).float().flatten(0, -2)
     labels = batch.labels.flatten()
