@@ -59,6 +59,7 @@ def test_commands(name: str, commands: int, tmp_path: Path, monkeypatch: pytest.
         "docs/merging.md",
         "docs/attacks.md",
         "docs/audit.md",
+        "docs/harden.md",
         "docs/results.md",
         "docs/licensed-users.md",
         "docs/formats.md",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..tasks.task import Floats
     from .owner import Owner
 
-MERGES, EXAMPLES = 24, 128
+MERGES, EXAMPLES, TEXTS = 16, 128, 16
 GRID = tuple((own, other) for own in (0.3, 0.5, 0.7, 1.0) for other in (0.2, 0.45))
 SEED = 0x5EED  # other merges than those that are trained against
 
@@ -44,17 +44,18 @@ class Measure:
 
     def __init__(self, owner: Owner, made: tuple[str, ...]) -> None:
         self.owner = owner
-        shapes = {name: one.shape for name, one in owner.weights.parameters.items()}
+        shapes = owner.weights.shapes
         draws = Draws(shapes, SEED)
         self.draws = [
             *(Draw(dict.fromkeys(shapes, own), dict.fromkeys(shapes, other)) for own, other in GRID),
             *(draws.draw() for _ in range(MERGES)),
         ]
         self.made = made
-        self._few = range(min(EXAMPLES, len(owner.task)))
+        texts = owner.task.evaluation.labels.ndim > 1
+        self._few = range(min(TEXTS if texts else EXAMPLES, len(owner.task)))
         nothing = Draw(dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0))
         self.before_scores = self._scores()
-        with owner.weights.merged(nothing, owner.weights.base):
+        with owner.weights.merged(nothing, {}):
             self.base_scores = self._scores()
         self.before = float(self.before_scores.mean())
 

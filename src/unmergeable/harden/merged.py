@@ -1,7 +1,7 @@
 """A module at the weights of a simulated merge, for one forward and backward pass, and back.
 
-Weights are changed in place and restored: beside the optimiser's state it costs one more copy of them, whatever
-the number of simulated merges. No forward pass is kept while another one runs.
+Weights are changed in place and restored: what it costs beside the optimiser's state are copies of weights, as many
+for ten merges as for one. No forward pass is kept while another one runs.
 """
 
 from __future__ import annotations
@@ -32,10 +32,22 @@ class Weights:
             name: base[name].detach().to(parameter.device, parameter.dtype)
             for name, parameter in self.parameters.items()
         }
+        self._kept: dict[str, torch.Tensor] = {}
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """What coefficients are drawn for, by name; one a row is one along the first axis."""
+        return {name: one.shape for name, one in self.parameters.items()}
+
+    def deltas(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The task vector, tensor by tensor, differentiable."""
+        for name, one in self.parameters.items():
+            yield name, one - self.base[name]
 
     def vector(self) -> dict[str, torch.Tensor]:
         """The task vector as it is now."""
-        return {name: one.detach() - self.base[name] for name, one in self.parameters.items()}
+        with torch.no_grad():
+            return dict(self.deltas())
 
     def copy(self) -> dict[str, torch.Tensor]:
         """The weights as they are now, on the CPU."""
@@ -52,27 +64,52 @@ class Weights:
         """Inside, the module has the weights of a merge; gradients that are found there are the fine-tune's after.
 
         They are added to those that were there: d/dθ of f(base + own ∘ (θ − base) + …) is own ∘ ∇f.
+
+        Args:
+            draw: coefficients. direction: by name; what is added, where its coefficient is not 0.
         """
-        kept: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        with torch.no_grad():
-            for name, one in self.parameters.items():
-                kept[name] = one.data, one.grad
-                own, other = (_placed(part[name], one) for part in (draw.own, draw.other))
-                origin = self.base[name]
-                one.data = origin + own * (one.data - origin) + other * direction[name].to(one)
-                one.grad = None
+        with self._set_aside():
+            with torch.no_grad():
+                for name, one in self.parameters.items():
+                    origin, own = self.base[name], _placed(draw.own[name], one)
+                    one.data = origin + own * (one.data - origin) + _part(draw, direction, name, one)
+            yield
+            with torch.no_grad():
+                for name, one in self.parameters.items():
+                    if one.grad is not None:
+                        one.grad = one.grad * _placed(draw.own[name], one)
+
+    def slopes(self) -> dict[str, float]:
+        """Inside of `merged`, after a backward pass: the derivative by every tensor's own coefficient."""
+        return {
+            name: 0.0 if one.grad is None else float((one.grad * (self._kept[name] - self.base[name])).sum())
+            for name, one in self.parameters.items()
+        }
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Weights and gradients come back as they were; gradients that are there at the end are added to them."""
+        self._kept = {name: one.data for name, one in self.parameters.items()}
+        gradients = {name: one.grad for name, one in self.parameters.items()}
+        for one in self.parameters.values():
+            one.grad = None
+        failed = True
         try:
             yield
+            failed = False
         finally:
             with torch.no_grad():
                 for name, one in self.parameters.items():
-                    one.data, before = kept[name]
-                    found = one.grad
-                    if found is not None:
-                        found = found * _placed(draw.own[name], one)
-                        found = found if before is None else before.add_(found)
-                    one.grad = before if found is None else found
+                    before, found = gradients[name], None if failed else one.grad
+                    one.data = self._kept[name]
+                    one.grad = before if found is None else found if before is None else before.add_(found)
+            self._kept = {}
 
 
 def _placed(part: Coefficient, like: torch.Tensor) -> Coefficient:
     return part.to(like) if isinstance(part, torch.Tensor) else part
+
+
+def _part(draw: Draw, direction: State, name: str, like: torch.Tensor) -> torch.Tensor | float:
+    """What is added of the direction."""
+    return draw.other[name] * direction[name].to(like) if draw.other[name] else 0.0

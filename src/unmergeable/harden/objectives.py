@@ -120,9 +120,9 @@ class Trap2:
         """One scale, from .05 to .95 or from 1.05 to 2."""
         first, second = torch.rand(2, generator=step.draws.generator).tolist()
         scale = 0.05 + 0.9 * first if second < 0.5 else 1.05 + 0.95 * first
-        names = step.weights.parameters
+        names = step.weights.shapes
         draw = Draw(dict.fromkeys(names, scale), dict.fromkeys(names, 0.0))
-        with step.weights.merged(draw, step.weights.base):
+        with step.weights.merged(draw, {}):
             loss = -step.task.loss(step.call, step.batch) / scale
             step.backward(strength * loss)
         return float(loss.detach())
@@ -138,13 +138,14 @@ class Repel:
 
     def add(self, step: Step, strength: float) -> float:
         """No forward pass at all."""
-        total = torch.zeros((), device=next(iter(step.weights.base.values())).device)
-        for name, one in step.weights.parameters.items():
-            origin = step.weights.base[name]
-            if origin.ndim > 1:
+        base = step.weights.base
+        total = torch.zeros((), device=next(iter(base.values())).device)
+        for name, delta in step.weights.deltas():
+            if delta.ndim > 1:
+                far = base[name].square().sum()
                 # A square root has no gradient at 0, where a fine-tune that left a matrix alone stands.
-                apart = ((one - origin).square().sum() + 1e-12 * origin.square().sum()).sqrt()
-                total = total + torch.relu(self.distance - apart / origin.norm().clamp(min=1e-12))
+                apart = (delta.square().sum() + 1e-12 * far).sqrt() / far.sqrt().clamp(min=1e-12)
+                total = total + torch.relu(self.distance - apart)
         if total.requires_grad:
             step.backward(strength * total)
         return float(total.detach())
@@ -205,12 +206,10 @@ def unlikelihood(task: Learner, call: Call, batch: Examples) -> torch.Tensor:
 def _improved(step: Step, draw: Draw, direction: State, rate: float) -> Draw:
     """Coefficients after a step of the thief: down the gradient of the task's own loss, one a tensor."""
     weights = step.weights
-    vector = weights.vector()
-    slopes: dict[str, float] = {}
     with weights.merged(draw, direction):
         step.backward(step.task.loss(step.call, step.batch))
-        for name, one in weights.parameters.items():
-            slopes[name] = 0.0 if one.grad is None else float((one.grad * vector[name]).sum())
+        slopes = weights.slopes()
+        for one in weights.parameters.values():
             one.grad = None  # the thief's, not the owner's
     longest = max(map(abs, slopes.values()), default=0.0)
     if not longest:

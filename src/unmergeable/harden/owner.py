@@ -17,6 +17,7 @@ from ..merging.write import write_merged
 from ..stock import load_module, module_state
 from ..tasks import open_task
 from ..tasks.task import Examples, TensorTask
+from .lora import LoraWeights
 from .merged import Weights
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 # A tenth of the data is held out to measure on; FEW of them or, of little data, three tenths.
 HELD, FEW, MOST, LEAST = 0.1, 300, 1000, 32
-# Copies of the weights in float32 that training needs: they, their gradients, AdamW's two, the base, a merge,
-# the best so far; and one more for every fine-tune of the owner's.
-COPIES = 7
+# Copies of the weights in float32 that training needs: they, their gradients twice, AdamW's two, the base, a merge,
+# the task vector, a direction, the best so far; and one more for every fine-tune of the owner's.
+COPIES = 10
 KINDS = ("image-classification", "language-modelling", "text-classification")
 
 
@@ -36,14 +37,14 @@ class Owner:
     """Models and data, ready to train.
 
     Args:
-        expert, base: folders as save_pretrained writes them.
+        expert, base: folders as save_pretrained writes them; the expert may be a LoRA adapter of the base.
         fields: of the task, as in an audit's configuration: `kind`, `data`, and what the kind takes.
         models: further fine-tunes of the base, or LoRA adapters.
         work: a folder for what is made on the way.
         accelerator: says the device, and in which precision passes are run.
 
     Attributes:
-        module: the fine-tune's. weights: what is trained, and the base's.
+        module: the fine-tune's. adapter: whether it is one. weights: what is trained, and the base's.
         task: scores on held-out examples. training: all others.
         vectors: of the further models.
 
@@ -61,25 +62,20 @@ class Owner:
         work: Path,
         accelerator: Accelerator,
     ) -> None:
-        if is_adapter(expert):
-            raise InputError(
-                "an adapter is not hardened by itself", where=expert, hint="merge it into its base first"
-            )
         self.device = accelerator.device
-        self.module = load_module(expert)
+        self.adapter = is_adapter(expert)
+        self.module = load_module(base if self.adapter else expert)
         held = module_state(self.module)
         self._check_memory(sum(tensor.numel() for tensor in held.values()), len(models))
-        origin = self._state(base, held)
-        shared = split(origin, {"the fine-tune": held}).shared
-        parameters = {name: one for name, one in self.module.named_parameters() if name in shared}
-        if not parameters:
-            raise InputError("nothing that the base has can be trained", where=expert)
-        for name, one in self.module.named_parameters():
-            one.requires_grad_(name in parameters)
-        self.module.to(self.device)
-        self.weights = Weights(parameters, origin)
-        self.vectors = [self._vector(_folded(path, base, work), origin) for path in models]
-        opened = open_task("data", fields, folder=Path(), model=expert)
+        origin = (
+            {name: tensor.clone() for name, tensor in held.items()}
+            if self.adapter
+            else self._state(base, held)
+        )
+        vectors = [self._vector(_folded(path, base, work), origin) for path in models]
+        self.weights: Weights = self._adapted(expert) if self.adapter else self._whole(held, origin, expert)
+        self.vectors = [self._placed(vector) for vector in vectors]
+        opened = open_task("data", fields, folder=Path(), model=base if self.adapter else expert)
         if not isinstance(opened, TensorTask):
             raise InputError("a task that cannot be trained on", expected=" | ".join(KINDS), got=opened.kind)
         training, rest = _halves(opened)
@@ -100,14 +96,48 @@ class Owner:
         """A model by the names that its class has in memory, as the fine-tune's."""
         return rename_like(like, module_state(load_module(path)))[0]
 
+    def _whole(self, held: State, origin: State, expert: Path) -> Weights:
+        """All weights that the base has, and no others, are trained."""
+        shared = split(origin, {"the fine-tune": held}).shared
+        parameters = {name: one for name, one in self.module.named_parameters() if name in shared}
+        if not parameters:
+            raise InputError("nothing that the base has can be trained", where=expert)
+        for name, one in self.module.named_parameters():
+            one.requires_grad_(name in parameters)
+        self.module.to(self.device)
+        return Weights(parameters, origin)
+
+    def _adapted(self, expert: Path) -> LoraWeights:
+        """The adapter's low-rank matrices are trained, and nothing else."""
+        from peft import PeftModel
+
+        try:
+            self.module = PeftModel.from_pretrained(self.module, str(expert), is_trainable=True)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            said = str(error).partition("\n")[0][:300]
+            raise InputError("peft does not open the adapter on its base", where=expert, got=said) from error
+        self.module.to(self.device)
+        weights = LoraWeights(self.module)
+        trained = {id(one) for one in weights.parameters.values()}
+        for one in self.module.parameters():
+            one.requires_grad_(id(one) in trained)
+        return weights
+
     def _vector(self, path: Path, origin: State) -> dict[str, torch.Tensor]:
-        """What a further fine-tune adds to the base; nothing where it has tensors of its own."""
+        """What a further fine-tune adds to the base, where both have the same tensors."""
         state = self._state(path, origin)
         shared = split(origin, {path.name: state}).shared
-        return {
-            name: (state[name] - origin[name]).to(self.device) if name in shared else torch.zeros_like(start)
-            for name, start in self.weights.base.items()
-        }
+        return {name: state[name] - origin[name] for name in shared}
+
+    def _placed(self, vector: State) -> dict[str, torch.Tensor]:
+        """By the names and shapes of the weights; nothing where a fine-tune has tensors of its own."""
+        found = {}
+        for name, shape in self.weights.shapes.items():
+            delta = vector.get(name)
+            if delta is None:
+                delta = torch.zeros(shape)
+            found[name] = (delta if delta.shape == shape else delta.T).to(self.device)
+        return found
 
 
 def _folded(path: Path, base: Path, work: Path) -> Path:

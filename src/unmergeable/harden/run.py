@@ -17,11 +17,11 @@ from accelerate import Accelerator
 
 from ..audit.init import kind_of
 from ..audit.scores import check_separation, separation
-from ..checkpoint import check_destination, open_checkpoint
+from ..checkpoint import Staging, check_destination, open_checkpoint
 from ..checkpoint.files import load_json
 from ..errors import ClaimError, InputError, UsageError
 from ..merging.tensors import load_state
-from ..merging.vectors import is_adapter
+from ..merging.vectors import WEIGHTS, is_adapter
 from ..merging.write import write_merged
 from ..stock import quiet
 from . import HardenReport, Progress
@@ -69,16 +69,22 @@ def run_harden(
     began = time.monotonic()
     chosen = objective_of(objective)
     source, target = Path(expert), Path(dst)
-    kind = _kind(source, task)
+    adapter = is_adapter(source)
+    if adapter and lock is not None:
+        what = "an adapter cannot be locked: it would no longer fit its base"
+        raise UsageError(what, where="lock", hint="fold it into its base, harden that, and lock it")
+    kind = _kind(Path(base) if adapter else source, task)
     settings = _settings(kind, strength, steps, rate, batch, seed)
     if max_loss is not None and not max_loss >= 0:
         raise UsageError("no loss that can be allowed", where="max_loss", expected="0 or more", got=max_loss)
-    with open_checkpoint(source) as checkpoint:
-        check_destination(checkpoint.root, target, checkpoint.nbytes)
     if source.is_file():
-        raise InputError(
-            "a file of weights cannot be trained by itself", where=source, expected="a model's folder"
-        )
+        what = "a file of weights cannot be trained by itself"
+        raise InputError(what, where=source, expected="a model's folder")
+    if adapter:
+        check_destination(source, target, sum(one.stat().st_size for one in source.iterdir()))
+    else:
+        with open_checkpoint(source) as checkpoint:
+            check_destination(checkpoint.root, target, checkpoint.nbytes)
     written = {"kind": kind, "data": str(data), **dict(fields or {})}
     accelerator = _accelerator(device)
     progress_folder = target.with_name(target.name + SUFFIX)
@@ -126,14 +132,10 @@ def run_harden(
     )
 
 
-def _kind(expert: Path, asked: str | None) -> str:
-    if is_adapter(expert):
-        raise InputError(
-            "an adapter is not hardened by itself", where=expert, hint="merge it into its base first"
-        )
+def _kind(model: Path, asked: str | None) -> str:
     kind = asked
-    if kind is None and expert.is_dir():
-        kind = kind_of(load_json(expert / "config.json"))
+    if kind is None and model.is_dir():
+        kind = kind_of(load_json(model / "config.json"))
     if kind not in KINDS:
         expected = " | ".join(KINDS)
         raise UsageError("no kind of task that can be trained on", where="task", expected=expected, got=kind)
@@ -182,6 +184,9 @@ def _write(owner: Owner, source: Path, target: Path, work: Path, lock: Key | Non
     module: Any = owner.module
     with quiet():
         module.save_pretrained(work / "saved")
+    if owner.adapter:
+        _write_adapter(work / "saved", source, target)
+        return
     state: Mapping[str, torch.Tensor] = load_state(work / "saved")
     if lock is None:
         write_merged(target, state, source)
@@ -190,3 +195,20 @@ def _write(owner: Owner, source: Path, target: Path, work: Path, lock: Key | Non
 
     write_merged(work / "hardened", state, source)
     lock_checkpoint(work / "hardened", target, key=lock)
+
+
+def _write_adapter(saved: Path, source: Path, target: Path) -> None:
+    """The adapter's files, with the trained matrices in its dtypes."""
+    from safetensors.torch import load_file, save_file
+
+    trained, before = (load_file(folder / WEIGHTS) for folder in (saved, source))
+    unlike = sorted(trained.keys() ^ before.keys())
+    if unlike:
+        raise InputError("the adapter was saved with other tensors", where=source, got=", ".join(unlike[:3]))
+    with Staging(target) as staged:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name != WEIGHTS:
+                shutil.copyfile(path, staged.path / path.name)
+        found = {name: tensor.to(before[name].dtype).contiguous() for name, tensor in trained.items()}
+        save_file(found, staged.path / WEIGHTS, metadata={"format": "pt"})
+        staged.commit()

@@ -127,9 +127,8 @@ class _Run:
 
     def __init__(self, owner: Owner, settings: Settings) -> None:
         self.owner, self.settings = owner, settings
-        shapes = {name: one.shape for name, one in owner.weights.parameters.items()}
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.draws = Draws(shapes, settings.seed + 1)
+        self.draws = Draws(owner.weights.shapes, settings.seed + 1)
         self.directions = Directions(owner.vectors, settings.made, settings.seed + 2)
         self.losses: list[tuple[float, float]] = []
 

@@ -78,8 +78,8 @@ class Hardening:
             state = rename_like(origin, _tensors(proxy))[0]
             split(origin, {f"proxy {number}": state})
             vectors.append({n: state[n].to(start) - start for n, start in self.weights.base.items()})
-        shapes = {n: p.shape for n, p in parameters.items()}
-        self.draws, self.directions = Draws(shapes, seed + 1), Directions(vectors, made, seed + 2)
+        self.draws = Draws(self.weights.shapes, seed + 1)
+        self.directions = Directions(vectors, made, seed + 2)
 
     def backward(
         self, inputs: Mapping[str, Any], backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
@@ -106,7 +106,16 @@ class Hardening:
         batch = Examples(rest, labels[:, 1:] if shifted else labels)
         learner = _Labelled(bool(shifted))
         step = Step(self.weights, self.draws, self.directions, learner, self.model, batch, backward)
-        return self.objective.add(step, self.strength)
+        # What merges do not share, a head, learns its task and nothing else.
+        held = {id(one) for one in self.weights.parameters.values()}
+        rest_of_all = [one for one in self.model.parameters() if one.requires_grad and id(one) not in held]
+        for one in rest_of_all:
+            one.requires_grad_(False)
+        try:
+            return self.objective.add(step, self.strength)
+        finally:
+            for one in rest_of_all:
+                one.requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,191 @@
+"""Objectives: what each asks for, on a fine-tune of the tiny zoo."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import thief_cases
+from test_harden_merges import opened
+from unmergeable.errors import UsageError
+from unmergeable.harden.directions import Directions
+from unmergeable.harden.draws import Draws
+from unmergeable.harden.objectives import LEAST, Repel, Step, Trap, Trap2, objective, unlikelihood
+from unmergeable.harden.wrapper import Hardening
+from unmergeable.tasks.task import Examples, TensorTask
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def step(seed: int = 0) -> tuple[Any, Step]:
+    module, weights = opened()
+    images, labels = thief_cases.pictures(thief_cases.PROTECTED, 48, 5)
+    batch = Examples({"pixel_values": images}, labels)
+    task = TensorTask("stars", "image-classification", "accuracy", batch)
+    given = Step(
+        weights, Draws(weights.shapes, seed), Directions([], ("random",), seed), task, module, batch,
+        torch.Tensor.backward,
+    )  # fmt: skip
+    return module, given
+
+
+class _Fixed:
+    """A model whose answers are given."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        return self
+
+
+def test_unlikelihood_by_hand() -> None:
+    logits = torch.tensor([[0.0, math.log(3)], [5.0, 5.0]])
+    task = TensorTask("t", "k", "accuracy", Examples({"x": logits}, torch.tensor([1, 0])))
+    found = unlikelihood(task, _Fixed(logits), task.evaluation)
+    expected = (-math.log(1 - 0.75 + LEAST) - math.log(1 - 0.5 + LEAST)) / 2
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    sure = unlikelihood(task, _Fixed(torch.tensor([[-50.0, 50.0], [50.0, -50.0]])), task.evaluation)
+    assert float(sure) == pytest.approx(-math.log(LEAST), rel=1e-3)  # bounded
+
+
+def test_of_text_every_token_counts_and_ignored_ones_do_not() -> None:
+    logits = torch.randn(2, 4, 7)
+    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
+    task = TensorTask("t", "k", "cross-entropy", Examples({"x": logits}, labels), next_token=True)
+    found = unlikelihood(task, _Fixed(logits), task.evaluation)
+    right = [
+        torch.softmax(logits[row, place], -1)[label]
+        for row, place, label in ((0, 0, 1), (0, 1, 2), (1, 0, 3))
+    ]
+    expected = -torch.stack([(1 - one + LEAST).log() for one in right]).mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def descended(name: str, steps: int, rate: float = 3e-3) -> list[float]:
+    """The objective, step by step of plain gradient descent on it alone, on the same draws."""
+    _, given = step()
+    chosen = objective(name)
+    optimizer = torch.optim.Adam(given.weights.parameters.values(), lr=rate)
+    found = []
+    for _ in range(steps):
+        given.draws.generator.manual_seed(1)
+        given.directions.generator.manual_seed(1)
+        optimizer.zero_grad()
+        found.append(chosen.add(given, 1.0))
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("name", ["trap", "trap2", "trap+repel"])
+def test_going_down_its_gradients_lowers_it(name: str) -> None:
+    found = descended(name, 12)
+    assert found[-1] < 0.8 * found[0] if found[0] > 0 else found[-1] < found[0] - 0.1
+
+
+def test_strength_is_a_factor_of_the_gradients() -> None:
+    gradients = []
+    for strength in (1.0, 0.25):
+        _, given = step()
+        Trap().add(given, strength)
+        gradients.append({n: one.grad for n, one in given.weights.parameters.items() if one.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(0.25 * gradients[0][n], gradients[1][n], atol=1e-7) for n in gradients[0])
+
+
+def test_a_thief_who_improves_his_coefficients_knows_more() -> None:
+    found = []
+    for inner in (0, 3):
+        total = 0.0
+        for seed in range(4):
+            _, given = step(seed)
+            total += Trap(merges=1, inner=inner).add(given, 1.0)
+            # The thief's own gradients are nobody's: strength 0 leaves none behind.
+            for one in given.weights.parameters.values():
+                one.grad = None
+            Trap(merges=1, inner=inner).add(given, 0.0)
+            assert not any(
+                bool(one.grad.any()) for one in given.weights.parameters.values() if one.grad is not None
+            )
+        found.append(total)
+    assert found[1] > 1.05 * found[0]
+
+
+def test_repel_moves_what_has_not_moved() -> None:
+    module, given = step()
+    name = "vit.layers.0.mlp.fc1.weight"
+    with torch.no_grad():
+        given.weights.parameters[name].copy_(given.weights.base[name])
+        given.weights.parameters[name][0, 0] += 1e-3
+    assert Repel().add(given, 1.0) > 0.04
+    grad = given.weights.parameters[name].grad
+    assert grad is not None
+    assert bool(torch.isfinite(grad).all())
+    assert float(grad[0, 0]) < 0
+    assert Repel(distance=0.0).add(given, 1.0) == 0
+    optimizer = torch.optim.Adam(given.weights.parameters.values(), lr=1e-2)
+    found = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        found.append(Repel(distance=0.5).add(given, 1.0))
+        optimizer.step()
+    assert found[-1] < 0.5 * found[0]
+    assert module.classifier.weight.grad is None
+
+
+def test_trap2_is_the_loss_at_another_scale() -> None:
+    _, given = step()
+    assert Trap2().add(given, 1.0) < 0
+
+
+def test_names() -> None:
+    assert objective("trap+repel").name == "trap+repel"
+    assert "2601.21898" in objective("trap2+plain").source
+    with pytest.raises(UsageError, match="no such objective"):
+        objective("trap+")
+
+
+def test_the_wrapper_adds_to_a_training_of_ones_own() -> None:
+    module, given = step()
+    inputs = {"pixel_values": given.batch.inputs["pixel_values"], "labels": given.batch.labels}
+    hardening = Hardening(
+        module,
+        thief_cases.trained()["base"].state_dict(),
+        proxies=[thief_cases.trained()["suns"].state_dict()],
+    )
+    module(**inputs).loss.backward()
+    before = {name: one.grad.clone() for name, one in module.named_parameters() if one.grad is not None}
+    head = module.classifier.weight.grad.clone()
+    optimizer = torch.optim.Adam(hardening.weights.parameters.values(), lr=1e-3)
+    assert hardening.backward(inputs) > 0
+    changed = [
+        name
+        for name, old in before.items()
+        if not torch.equal(dict(module.named_parameters())[name].grad, old)
+    ]
+    assert len(changed) > 10
+    assert torch.equal(module.classifier.weight.grad, head)  # it learns its task and nothing else
+
+    def exposed() -> float:
+        """On merges that are always the same."""
+        hardening.draws.generator.manual_seed(1)
+        hardening.directions.generator.manual_seed(1)
+        found = sum(hardening.backward(inputs) for _ in range(6))
+        optimizer.zero_grad()
+        return found
+
+    start = exposed()
+    hardening.strength = 1.0
+    for _ in range(40):
+        module(**inputs).loss.backward()
+        hardening.backward(inputs)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert exposed() < 0.7 * start
+    with pytest.raises(UsageError, match="without labels"):
+        hardening.backward({"pixel_values": inputs["pixel_values"]})
+    with pytest.raises(UsageError, match="no such direction"):
+        Hardening(module, thief_cases.trained()["base"].state_dict(), made=("up",))
