@@ -109,7 +109,7 @@ def summary(found: Found) -> str:
         lines.append(
             (
                 case.setting, f"`{case.method}`", number(alone["plain"], 4), number(alone["protected"], 4),
-                *(share(level_of(result, level)) for level in range(4)), f"{result['seconds']:.0f}",
+                *(share(level_of(result, level)) for level in range(4)),
             )
         )  # fmt: skip
     header = (
@@ -121,7 +121,6 @@ def summary(found: Found) -> str:
         "level 1",
         "level 2",
         "level 3",
-        "seconds",
     )
     return "## What thieves get\n\n" + table(header, lines)
 
@@ -307,8 +306,10 @@ examples, not of keys. The models are small; nothing says that larger ones behav
 RECOVERED = """
 `level n`: the part of what the unprotected model would give a thief with this access that the locked one gives him
 (*recovered*), with its 95 % interval; 0 is full protection, 1 is none. *alone*: score of the protected model by
-itself, accuracy or minus nats a token. Seconds are those of the audit, without what was known from the audits before
-it.
+itself, accuracy or minus nats a token.
+
+`mergelock` acts on attention alone. What keeps a model's large entries (`tall_mask`, `projected`) takes the locked
+attention whole and merges the MLPs: such merges are why more of it is recovered off the shelf than of the others.
 """
 SCENARIOS = """
 The audit has to be able to say that everything is lost. Here it must, but for the thief at level 0 who has two
@@ -356,13 +357,14 @@ with scales −.05, −.06 and .96, −.23, `params` −.79, −.35 and .68, −
 
 Differences above .05, and why:
 
-- What a locked model's merges give differs by up to .3 for `params` and the dense locks, by less for `exact`: a
-  lock is a random draw, and the merges of another draw are broken in another way. In no draw is anything left for
-  a thief. What depends on no draw, the rows `none`, *aligned*, *never locked* and *wide*, agrees to .03.
+- What a locked model's merges give differs by up to .35 for `params` and .22 for `exact`: a lock is a random draw,
+  and the merges of another draw are broken in another way. No draw leaves a joint above 0. What depends on no draw,
+  the rows `none`, *aligned*, *never locked* and *wide*, agrees to .03.
 - The scales of `exact --scales` move the model less far here (15 times the distance of the fine-tune, 27 before):
   the earlier lock also chose, of several orders of MLP rows, the one least like the base.
 - `mergelock` at condition 1e6 is 2,800 times as far from the base, before 160,000: there the condition had no cap
-  at all. Its outputs differ for the same reason in both, which is why the product caps it.
+  at all. Its outputs differ for the same reason in both, which is why the package caps it.
+- Rotations alone (−.10, .07 and .67, .01 then) have no row: no method draws from that group by itself.
 """
 DOUBTS = """
 ## What is not counted
