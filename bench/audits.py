@@ -258,11 +258,12 @@ def main() -> None:
         if path.exists():
             found[case.name] = case, json.loads(path.read_text(encoding="utf-8"))
     if args.docs is not None:
+        missing = list(dict.fromkeys(case.name for case in cases(args.zoo) if case.name not in found))
         slices = {name: setting.slice for name, setting in known.items()}
         before = (
             zoo_tables.tables(json.loads(earlier.read_text(encoding="utf-8"))) if earlier.exists() else None
         )
-        args.docs.write_text(document(found, slices, SCENARIOS, args.seed, before), encoding="utf-8")
+        args.docs.write_text(document(found, slices, SCENARIOS, args.seed, before, missing), encoding="utf-8")
     if args.readme is not None:
         text = args.readme.read_text(encoding="utf-8")
         head, _, rest = text.partition(BEGIN)

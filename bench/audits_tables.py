@@ -30,9 +30,14 @@ FLOOR = 0.25
 
 
 def document(
-    found: Found, slices: Mapping[str, str], scenarios: Mapping[str, str], seed: int, earlier: str | None
+    found: Found,
+    slices: Mapping[str, str],
+    scenarios: Mapping[str, str],
+    seed: int,
+    earlier: str | None,
+    missing: Sequence[str],
 ) -> str:
-    """The whole page; `earlier` are the tables of zoo_tables.py, if they were made."""
+    """The whole page; `earlier` are the tables of zoo_tables.py, if they were made, `missing` audits that were not."""
     first = next(iter(found.values()))[1]
     parts = [
         HEAD.format(
@@ -40,6 +45,7 @@ def document(
             suite=first["suite"],
             tool=first["tool"],
             machine=_machine(first["machine"]),
+            missing=f" Audits of the script that were not run: {', '.join(missing)}." if missing else "",
             slices="\n".join(
                 f"- `{name}`: {NAMES[name]}; {slices[name]}"
                 for name in dict.fromkeys(case.setting for case, _ in found.values())
@@ -300,8 +306,8 @@ Nothing here is tuned on the test half: merges are chosen on validation examples
 
 {slices}
 
-One lock a method and one seed of everything: a second key gives other figures within the intervals, which are of
-examples, not of keys. The models are small; nothing says that larger ones behave alike.
+One lock a method and one seed of everything: intervals are of examples, not of keys, and a second key gives other
+figures. The models are small; nothing says that larger ones behave alike.{missing}
 """
 RECOVERED = """
 `level n`: the part of what the unprotected model would give a thief with this access that the locked one gives him

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from audit_cases import OWN, PROTECTED, SIZES, TASKS, point, reference, row
 from score_cases import ALONE, POINTS, ROWS, few, look, validation
-from unmergeable.audit import scores as scores_module
+from unmergeable.audit import resampling
+from unmergeable.audit.resampling import resample
 from unmergeable.audit.rows import SIDES, Point, Row, Side
 from unmergeable.audit.scores import (
     Reference,
     judge,
-    resample,
 )
 
 
@@ -94,7 +94,7 @@ def test_thieves_choose_in_the_bootstrap_as_outside_of_it(
     full = point(1.3, 1.3, (1.0, 1.0))
     rows = [replace(row("ties", side), points=(one,)) for one, side in [*points, (full, "plain")]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scores_module, "resample", lambda count, seed, resamples: np.arange(count)[None])
+        patch.setattr(resampling, "resample", lambda count, seed, resamples: np.arange(count)[None])
         level = judge(rows, known, 3, resamples=1)
     if level.reason is None:
         assert level.interval == pytest.approx((level.recovered, level.recovered), abs=1e-6)

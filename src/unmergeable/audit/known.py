@@ -14,13 +14,13 @@ from ..merging.write import FAR
 from .bench import HALVES, Bench
 from .config import RELEASE, ROLES, Config
 from .machine import machine
+from .resampling import resample
 from .scores import (
     COVERAGE,
     RESAMPLES,
     Reference,
     check_halves,
     check_separation,
-    resample,
     separation,
 )
 

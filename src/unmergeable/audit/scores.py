@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import InputError
+from .resampling import drawn, shares_of
 from .rows import LEVELS, SIDES, Floats, Point, Row, Scores, Side
 
 FLOORS = (0.0, 0.25, 0.5, 0.75)
@@ -287,7 +287,7 @@ def _bootstrap(
 ) -> Floats:
     """`recovered` for examples drawn anew, [resamples]: thieves choose anew as well, on what they drew."""
     shares = {
-        half: {task: _shares(len(reference.base[half][task]), seed, resamples) for task in reference.tasks}
+        half: {task: shares_of(len(reference.base[half][task]), seed, resamples) for task in reference.tasks}
         for half in ("validation", "test")
     }
 
@@ -315,50 +315,12 @@ def _bootstrap(
         sums: dict[Side, Floats] = {"protected": np.zeros(resamples), "plain": np.zeros(resamples)}
         for asked in FLOORS:
             floor = np.maximum(asked, alone + MARGIN)
-            rest, got = _drawn([known[s] for s in ("without",) if s in known], floor, None)
+            rest, got = drawn([known[s] for s in ("without",) if s in known], floor, None)
             for side in sums:
                 held = [known[s] for s in (side, "without") if s in known]
-                sums[side] += _drawn(held, floor, got)[0] - rest
+                sums[side] += drawn(held, floor, got)[0] - rest
         ratio: Floats = sums["protected"] / sums["plain"]
     return np.where(np.isfinite(ratio), ratio, np.nan)
-
-
-def _drawn(
-    held: Sequence[tuple[Floats, Floats, Floats]], floor: Floats, alone: NDArray[np.bool_] | None
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """As `_choose`, for every resample: the values of what is taken, 0 where nothing is; and whether anything is.
-
-    Args:
-        held: of every pool: values and least own values on validation examples, values on test examples.
-        floor: of own values, by resample.
-        alone: where a thief takes something without the model, if that is asked for.
-    """
-    nothing = floor <= 0
-    if not held:
-        return np.zeros(len(floor)), ~nothing & False
-    value, own, tested = (np.concatenate(parts) for parts in zip(*held, strict=True))
-    # Of merges that are as good, the one that gives more of the rest.
-    worth = np.where((own >= floor) & np.isfinite(value), value + 1e-9 * (value + own), -np.inf)
-    best = worth.argmax(axis=0)
-    every = np.arange(len(floor))
-    taken = np.isfinite(worth[best, every])
-    if alone is not None:
-        nothing = nothing | ~alone
-    taken &= ~nothing | (value[best, every] > 0)
-    return np.where(taken, tested[best, every], 0.0), taken
-
-
-def _shares(count: int, seed: int, resamples: int) -> Floats:
-    """How much of a mean every example is, [count, resamples]."""
-    draws = resample(count, seed, resamples)
-    found = np.zeros((count, resamples))
-    np.add.at(found, (draws, np.arange(resamples)[:, None]), 1 / count)
-    return found
-
-
-def resample(count: int, seed: int, resamples: int) -> NDArray[np.int64]:
-    """Examples drawn with replacement, [resamples, count]."""
-    return np.random.default_rng([seed, count]).integers(0, count, (resamples, count))
 
 
 def check_separation(found: Mapping[str, Separation]) -> None:
