@@ -232,6 +232,9 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=3, help="the highest level of access")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--budget", type=float, help="minutes an audit; what does not fit is left out, and said"
+    )
     parser.add_argument("--tables", action="store_true", help="run nothing, write the document")
     parser.add_argument("--docs", type=Path, help="document to write")
     parser.add_argument("--readme", type=Path, help="document whose table of audits is written")
@@ -246,7 +249,7 @@ def main() -> None:
         began = time.monotonic()
         folder = args.work / case.name
         config = configuration(case, known[case.setting], args.work / "locks" / case.setting, args.seed)
-        result = um.audit(config, folder, workers=args.workers, cache=args.work / "cache")
+        result = um.audit(config, folder, workers=args.workers, cache=args.work / "cache", budget=args.budget)
         shares = ", ".join(f"level {one.level}: {one.recovered:.3f}" for one in result.levels)
         print(f"{case.name}: {shares} ({time.monotonic() - began:.0f} s)", flush=True)
     earlier = args.work / "zoo-tables.json"

@@ -128,7 +128,13 @@ def summary(found: Found) -> str:
         "level 2",
         "level 3",
     )
-    return "## What thieves get\n\n" + table(header, lines)
+    parts = [
+        f"`{case.name}` ran under a budget: {len(result['left_out'])} of "
+        f"{len(result['left_out']) + len(result['rows'])} rows were left out, the least informative ones."
+        for case, result in found.values()
+        if result["left_out"]
+    ]
+    return page("## What thieves get", table(header, lines), *parts)
 
 
 def readme(found: Found) -> str:
