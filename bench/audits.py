@@ -3,15 +3,16 @@
     python bench/audits.py -d WORK --docs docs/results.md                 # the embedded zoo alone
     python bench/audits.py -d WORK --zoo PATH --docs docs/results.md      # all of it, hours on two cores
     python bench/audits.py -d WORK --zoo PATH --only text-c               # names that begin so
-    python bench/audits.py -d WORK --zoo PATH --docs docs/results.md --readme README.md --tables   # of what is there
+    python bench/audits.py -d WORK --docs docs/results.md --readme README.md --tables   # of what bench/audits holds
 
 Locks are drawn from a key and salts made of --seed. Rows are kept in WORK/cache: a run that was stopped goes on,
-and the unprotected side of a setting is computed once for all of its locks.
+and the unprotected side of a setting is computed once for all of its locks. What was found is kept in bench/audits.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import time
@@ -39,6 +40,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "params nonsymmetric": {"method": "params", "options": {"form": "nonsymmetric"}},
     "params --prune-rate 0.2": {"method": "params", "prune_rate": 0.2},
 }
+# What audits found, packed.
+KEPT = Path(__file__).parent / "audits"
 # Where the table of audits stands in a document.
 BEGIN, END = "<!-- audits -->", "<!-- /audits -->"
 MAIN = ("exact", "gauge", "mergelock", "params diagonal")
@@ -222,6 +225,15 @@ def configuration(case: Case, setting: Setting, folder: Path, seed: int) -> dict
     }
 
 
+def keep(case: Case, results: Path, places: Mapping[str, str]) -> None:
+    """Keep a results.json beside this script, without the paths of a machine: tables are made of what is kept."""
+    text = results.read_text(encoding="utf-8")
+    for path, name in places.items():
+        text = text.replace(path, name)
+    KEPT.mkdir(exist_ok=True)
+    (KEPT / f"{case.name}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -251,18 +263,19 @@ def main() -> None:
         config = configuration(case, known[case.setting], args.work / "locks" / case.setting, args.seed)
         result = um.audit(config, folder, workers=args.workers, cache=args.work / "cache", budget=args.budget)
         shares = ", ".join(f"level {one.level}: {one.recovered:.3f}" for one in result.levels)
+        keep(case, folder / "results.json", {str(args.work): "WORK", str(args.zoo): "ZOO"})
         print(f"{case.name}: {shares} ({time.monotonic() - began:.0f} s)", flush=True)
-    earlier = args.work / "zoo-tables.json"
+    earlier = KEPT / "zoo-tables.json"
     if args.zoo is not None and not args.tables and not earlier.exists() and "".startswith(tuple(args.only)):
         earlier.write_text(json.dumps(zoo_tables.measured(args.zoo), indent=1) + "\n", encoding="utf-8")
     found = {}
-    for case in cases(args.zoo):
-        path = args.work / case.name / "results.json"
+    for case in cases(Path()):
+        path = KEPT / f"{case.name}.json.gz"
         if path.exists():
-            found[case.name] = case, json.loads(path.read_text(encoding="utf-8"))
+            found[case.name] = case, json.loads(gzip.decompress(path.read_bytes()))
     if args.docs is not None:
-        missing = list(dict.fromkeys(case.name for case in cases(args.zoo) if case.name not in found))
-        slices = {name: setting.slice for name, setting in known.items()}
+        missing = list(dict.fromkeys(case.name for case in cases(Path()) if case.name not in found))
+        slices = {name: setting.slice for name, setting in settings(args.work, Path()).items()}
         before = (
             zoo_tables.tables(json.loads(earlier.read_text(encoding="utf-8"))) if earlier.exists() else None
         )
