@@ -210,26 +210,31 @@ def _harden(args: argparse.Namespace) -> Outcome:
     from .harden import harden
 
     key = None if args.key is None else _key(args)
-    with progress("harden", args.quiet, unit="step") as told:
-        report = harden(
-            args.expert,
-            args.dst,
-            base=args.base,
-            data=args.data,
-            task=args.task,
-            fields=_yaml_pairs(args.set or ()),
-            proxies=args.proxies or (),
-            objective=args.objective,
-            strength=args.strength,
-            max_loss=args.max_loss,
-            steps=args.steps,
-            rate=args.rate,
-            batch=args.batch,
-            seed=args.seed,
-            lock=key,
-            device=args.device,
-            progress=told,
-        )
+    try:
+        fields = _yaml_pairs(args.set or ())
+        with progress("harden", args.quiet, unit="step") as told:
+            report = harden(
+                args.expert,
+                args.dst,
+                base=args.base,
+                data=args.data,
+                task=args.task,
+                fields=fields,
+                proxies=args.proxies or (),
+                objective=args.objective,
+                strength=args.strength,
+                max_loss=args.max_loss,
+                steps=args.steps,
+                rate=args.rate,
+                batch=args.batch,
+                seed=args.seed,
+                lock=key,
+                device=args.device,
+                progress=told,
+            )
+    except ImportError as error:
+        hint = "pip install 'unmergeable[harden]'"
+        raise InputError("a package is missing", where="harden", got=error, hint=hint) from error
     return Outcome(report.as_dict(), render_harden.hardened(report))
 
 

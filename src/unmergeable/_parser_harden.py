@@ -15,9 +15,9 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser = verb(
         verbs,
         "harden",
-        "train a fine-tune on for a little, so that merges of it fail also where a lock is undone",
+        "train a fine-tune on for a little, to make merges of it fail also where a lock is undone",
         "EXPERT is only read. A training that was killed goes on when the same command is given again.\n"
-        "What it stops and what not, only an audit says: labels of the task, for one, bring merges back.",
+        "What it stops and what not, only an audit says.",
     )
     parser.add_argument("expert", metavar="EXPERT", help="the fine-tune, a folder")
     parser.add_argument("dst", metavar="DST", help="where to write it; must not exist")
@@ -26,7 +26,7 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
         "--data",
         metavar="PATH",
         required=True,
-        help="examples of its task; a tenth is held out to measure on",
+        help="examples of its task; a part is held out to measure on",
     )
     parser.add_argument("--task", choices=TASKS, help="what the data is for (as the model's class says)")
     parser.add_argument(

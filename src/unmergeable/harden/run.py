@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from ..keys import Key
 
-# By kind of task: what a training is, unless it is asked for otherwise. Measured in docs/results.md.
+# By kind of task: what a training is, unless it is asked for otherwise.
 DEFAULTS = {
     "image-classification": Settings(strength=0.15, steps=300, rate=3e-4, batch=64),
     "text-classification": Settings(strength=0.15, steps=300, rate=1e-4, batch=32),
