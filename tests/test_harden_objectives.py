@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +190,29 @@ def test_the_wrapper_adds_to_a_training_of_ones_own() -> None:
         hardening.backward({"pixel_values": inputs["pixel_values"]})
     with pytest.raises(UsageError, match="no such direction"):
         Hardening(module, thief_cases.trained()["base"].state_dict(), made=("up",))
+
+
+def test_a_trainer_hardens(tmp_path: Path) -> None:
+    import transformers
+
+    from unmergeable.harden.trainer import HardeningTrainer
+
+    images, labels = thief_cases.pictures(thief_cases.PROTECTED, 96, 1)
+    data = [
+        {"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=60, per_device_train_batch_size=16, gradient_accumulation_steps=2, logging_steps=5,
+        learning_rate=2e-3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    exposed = {}
+    for strength in (0.0, 1.0):
+        module, _ = opened()
+        hardening = Hardening(module, thief_cases.trained()["base"].state_dict(), strength=strength)
+        trainer = HardeningTrainer(module, arguments, train_dataset=data, hardening=hardening)
+        trainer.train()
+        logged = [entry["hardening"] for entry in trainer.state.log_history if "hardening" in entry]
+        assert len(logged) == 12
+        exposed[strength] = sum(logged[-3:]) / sum(logged[:3])
+        assert module(pixel_values=images).logits.argmax(-1).eq(labels).float().mean() > 0.9
+    assert exposed[1.0] < 0.6 * exposed[0.0]
