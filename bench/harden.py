@@ -1,144 +1,270 @@
 """Hardened models of the measuring zoo, judged by audits with experts and data that hardening never saw.
 
-    python bench/harden.py -d WORK --zoo PATH                        # everything, hours even on a GPU
-    python bench/harden.py -d WORK --zoo PATH --only images-fmnist --seeds 0 --top 1
+    python bench/harden.py -d WORK --zoo PATH                              # everything, hours even on a GPU
+    python bench/harden.py -d WORK --zoo PATH --groups bars --only images-fmnist --seeds 0
     python bench/harden.py -d WORK --zoo PATH --only text-c --steps 300 --batch 8    # a reduced recipe, on two cores
+    python bench/harden.py -d WORK --docs docs/hardening.md --tables       # of what bench/harden holds
 
-For each protected task and seed: a control that is trained plainly for the same steps, and the hardened model, both
-from the same fine-tune and on the same data; the audit's unprotected model is the control. One of the other
-fine-tunes is the owner's stand-in, the rest are the thief's. Everything is fixed before training.
+Groups: `bars`, each task protected in turn, against a control that is trained plainly for the same steps on the same
+data, which is the audit's unprotected model; `strengths`, other strengths of the same; `directions`, without another
+fine-tune of the owner's, or with it alone; `ideas`, those of bench/frontier_ideas.py against labels and distillation;
+`peft`, merges of adapters by peft's own methods. One of the other fine-tunes is the owner's stand-in, the rest are the
+thief's. The weights that are judged are read again from disk. What was found is kept in bench/harden.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import frontier_ideas
+import harden_tables
 import unmergeable as um
-from audits import Setting, images, texts
+from harden_cases import (
+    ATTACKS,
+    CONTROL,
+    DIRECTIONS,
+    RECIPES,
+    TRAINED,
+    TRAP,
+    Case,
+    Variant,
+    adapter,
+    cases,
+    paths,
+    shuffled,
+    training,
+)
+from harden_peft import merges
+from parallel import Job, run
+from unmergeable.harden.objectives import Trap
 
-IMAGES = ("fmnist", "mnist", "latin", "cyr")
-TEXTS = ("c", "python", "js")
-FAMILIES = {"text": "llama", "text2": "gpt2"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One protected task: its family, who stands in for a thief's fine-tune, and which are the thief's."""
-
-    family: str
-    protected: str
-    proxy: str
-    own: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """A name for files."""
-        return f"{self.family}-{self.protected}"
-
-
-def cases() -> Iterator[Case]:
-    """Each task protected in turn; the next one of the list is the owner's stand-in."""
-    for family, tasks in (("images", IMAGES), *((family, TEXTS) for family in FAMILIES)):
-        for place, protected in enumerate(tasks):
-            rest = [*tasks[place + 1 :], *tasks[:place]]
-            yield Case(family, protected, rest[0], tuple(rest[1:]))
-
-
-def paths(case: Case, zoo: Path) -> tuple[Path, dict[str, Path], Setting]:
-    """The base under the protected task's head, models by task, and the setting of their audit."""
-    tasks = (case.protected, *case.own)
-    if case.family == "images":
-        setting = images(zoo, tasks)
-        return setting.base, {task: zoo / f"vit-{task}" for task in IMAGES}, setting
-    prefix = FAMILIES[case.family]
-    return (
-        zoo / f"{prefix}-base",
-        {task: zoo / f"{prefix}-{task}" for task in TEXTS},
-        texts(zoo, prefix, tasks),
-    )
-
-
-def training(case: Case, zoo: Path) -> tuple[Path, str, dict[str, Any]]:
-    """What to train on: the file, the kind of task, and its fields."""
-    if case.family == "images":
-        arrays = {"images": f"{case.protected}_images", "labels": f"{case.protected}_labels"}
-        return zoo / "vit-train.npz", "image-classification", {**arrays, "mean": 0.5, "std": 0.5}
-    return zoo / "text-train.npz", "language-modelling", {"field": case.protected}
-
-
-def hardened(
-    case: Case, zoo: Path, folder: Path, seed: int, objective: str, options: Mapping[str, Any]
-) -> tuple[Path, dict[str, Any]]:
-    """A hardened model, made once, and its report."""
-    target, record = folder / objective, folder / f"{objective}.json"
-    if not record.exists():
-        base, models, _ = paths(case, zoo)
-        data, kind, fields = training(case, zoo)
-        report = um.harden(
-            models[case.protected], target, base=base, data=data, task=kind, fields=fields,
-            proxies=[models[case.proxy]], objective=objective, seed=seed, **options,
-        )  # fmt: skip
-        record.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
-    return target, json.loads(record.read_text(encoding="utf-8"))
+KEPT = Path(__file__).parent / "harden"
+GROUPS = ("bars", "strengths", "directions", "ideas", "peft")
+STRENGTHS = (0.5, 2.0)  # times a recipe's
+IDEAS_ON = ("images-fmnist",)
 
 
 def main() -> None:
+    args = arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
+    record = args.work / "records.jsonl"
+    if not args.tables:
+        known = {json.loads(line)["name"] for line in record.open()} if record.exists() else set()
+        jobs = planned(args)
+        began = time.monotonic()
+        todo = [job for job in jobs if job.name not in known]
+        left = {job.name for job in todo}
+        todo = [Job(j.name, j.call, j.arguments, tuple(n for n in j.after if n in left)) for j in todo]
+        for job, found in run(todo, args.workers, args.minutes):
+            said = found if isinstance(found, str) else found["said"]
+            print(f"{time.monotonic() - began:6.0f} s  {job.name}: {said}", flush=True)
+            if not isinstance(found, str):
+                with record.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"name": job.name, **found}) + "\n")
+        if args.keep is not None:
+            keep(record, args.keep)
+    if args.docs is not None:
+        harden_tables.write(args.docs, KEPT)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-d", "--work", type=Path, required=True, help="folder for models, rows and results")
-    parser.add_argument("--zoo", type=Path, required=True, help="the measuring zoo")
+    parser.add_argument("--zoo", type=Path, help="the measuring zoo")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose names begin so")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--objective", default="trap")
-    parser.add_argument("--top", type=int, default=3, help="the highest level of access")
-    parser.add_argument("--strength", type=float)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--rate", type=float)
+    parser.add_argument("--steps", type=int, help="a recipe's, if not given")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--attacks", nargs="+", help="only these, as in an audit's configuration")
-    args = parser.parse_args()
-    given = {name: getattr(args, name) for name in ("steps", "rate", "batch") if getattr(args, name)}
-    given["device"] = args.device
-    for case in cases():
-        if not case.name.startswith(tuple(args.only)):
-            continue
-        for seed in args.seeds:
-            folder = args.work / f"{case.name}-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            control, plain = hardened(case, args.zoo, folder, seed, "plain", given)
-            more = given if args.strength is None else {**given, "strength": args.strength}
-            model, trained = hardened(case, args.zoo, folder, seed, args.objective, more)
-            _, models, setting = paths(case, args.zoo)
-            config = {
-                "version": 1,
-                "base": str(setting.base),
-                "protected": {"model": str(model), "plain": str(control), "task": case.protected},
-                "others": {task: str(models[task]) for task in case.own},
-                "tasks": {task: dict(fields) for task, fields in setting.tasks.items()},
-                "levels": list(range(args.top + 1)),
-                "seed": seed + 100,
-                "device": args.device,
-                **({"attacks": args.attacks} if args.attacks else {}),
-            }
-            result = um.audit(config, folder / "audit", workers=args.workers, cache=args.work / "cache")
-            shares = ", ".join(
-                f"level {one.level}: {one.recovered:.3f} {one.interval}" for one in result.levels
-            )
-            alone = result.standalone
-            print(
-                f"{case.name}, seed {seed}: alone {alone['protected']:.4f} against {alone['plain']:.4f}; {shares}; "
-                f"held out {plain['standalone']['after']:.4f} and {trained['standalone']['after']:.4f}; "
-                f"{plain['seconds']:.0f} s plain, {trained['seconds']:.0f} s hardened",
-                flush=True,
-            )
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--workers", type=int, default=2, help="processes; each has one thread")
+    parser.add_argument("--minutes", type=float, help="begin nothing after so many")
+    parser.add_argument(
+        "--attacks", nargs="+", default=list(ATTACKS), help="of the bars; `all`: the whole suite"
+    )
+    parser.add_argument("--top", type=int, default=2, help="the highest level of access of the bars")
+    parser.add_argument("--keep", metavar="NAME", help="keep what was found in bench/harden under this name")
+    parser.add_argument("--tables", action="store_true", help="run nothing, write the document")
+    parser.add_argument("--docs", type=Path, help="document to write")
+    return parser.parse_args()
+
+
+def planned(args: argparse.Namespace) -> list[Job]:
+    """All jobs, what matters most first: the bars seed by seed, ideas, directions and strengths."""
+    place = {"zoo": args.zoo, "work": args.work, "device": args.device}
+    chosen = [case for case in cases() if case.name.startswith(tuple(args.only))]
+    reduced = {name: getattr(args, name) for name in ("steps", "batch") if getattr(args, name)}
+    given = {**reduced, "precision": args.precision}
+    found: dict[str, tuple[float, Job]] = {}
+
+    def plan(rank: float, job: Job) -> str:
+        if job.name not in found or rank < found[job.name][0]:
+            found[job.name] = rank, job
+        return job.name
+
+    def train(rank: float, case: Case, variant: Variant, seed: int) -> str:
+        after = ()
+        if case.family == "lora":
+            tasks = (case.protected, case.proxy, *case.own)
+            after = tuple(
+                plan(0, Job(f"adapter-{task}", learnt, {"case": Case("lora", task, "", ()), "given": reduced, **place}))
+                for task in tasks
+            )  # fmt: skip
+        own = {"case": case, "variant": variant, "seed": seed, "given": given, **place}
+        return plan(rank, Job(f"{case.name}-{seed}-{variant.name}", harden, own, after))
+
+    def judge(
+        rank: float, case: Case, variant: Variant, seed: int, attacks: list[str], top: int, *after: str
+    ) -> str:
+        pair = (train(rank, case, CONTROL, seed), train(rank, case, variant, seed))
+        own = {"case": case, "variant": variant, "seed": seed, "attacks": attacks, "top": top, **place}
+        return plan(rank, Job(f"{pair[1]}-audit-{top}", audit, own, (*pair, *after)))
+
+    for seed in args.seeds:
+        for case in chosen:
+            rank = 1 + seed + (2.5 if case.family == "lora" and seed != args.seeds[0] else 0)
+            first, shown = seed == args.seeds[0], case.protected in ("fmnist", "c") and case.family != "lora"
+            if "bars" in args.groups:
+                judge(rank, case, TRAP, seed, args.attacks, args.top)
+            if "peft" in args.groups and case.family == "lora":
+                sides = (train(rank, case, CONTROL, seed), train(rank, case, TRAP, seed))
+                plan(
+                    rank + 0.5,
+                    Job(f"{case.name}-{seed}-peft", by_peft, {"case": case, "seed": seed, **place}, sides),
+                )
+            if "ideas" in args.groups and first and case.name in IDEAS_ON:
+                before = judge(1, case, TRAP, seed, list(TRAINED), 3)
+                for idea in frontier_ideas.IDEAS:
+                    judge(1.5, case, Variant(idea, idea), seed, list(TRAINED), 3, before)
+            if "directions" in args.groups and first and shown:
+                for variant in DIRECTIONS:
+                    judge(4, case, variant, seed, args.attacks, args.top)
+            if "strengths" in args.groups and first and shown:
+                for factor in STRENGTHS:
+                    strength = factor * RECIPES[case.family]["strength"]
+                    variant = Variant(f"strength-{strength:g}", options={"strength": strength})
+                    judge(5, case, variant, seed, args.attacks, args.top)
+    return [job for _, job in sorted(found.values(), key=lambda one: one[0])]
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------
+
+
+def learnt(case: Case, given: dict[str, Any], zoo: Path, work: Path, device: str) -> dict[str, Any]:
+    """An adapter to protect, or of a thief."""
+    began = time.monotonic()
+    adapter(case, zoo, work / f"adapter-{case.protected}", _device(device), **given)
+    return {"kind": "adapter", "seconds": time.monotonic() - began, "said": "trained"}
+
+
+def harden(
+    case: Case, variant: Variant, seed: int, given: dict[str, Any], zoo: Path, work: Path, device: str
+) -> dict[str, Any]:
+    """A hardened model, or its control, and what its owner sees."""
+    base, models, _ = paths(case, zoo, work)
+    data, kind, fields = training(case, zoo)
+    proxies = [models[case.proxy]] if variant.proxies is True else []
+    if variant.proxies == "shuffled":
+        proxies = [shuffled(case, zoo, work, _device(device), one) for one in (seed, seed + 1)]
+    trap = Trap()
+    objective = "plain" if variant.objective == "plain" else frontier_ideas.objective(variant.objective, trap)
+    options = {**RECIPES[case.family], **given, **variant.options}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Matrix products of a training in TF32 where the GPU has it; audits are in float32.
+    torch.set_float32_matmul_precision("high")
+    report = um.harden(
+        models[case.protected], work / f"{case.name}-{seed}-{variant.name}", base=base, data=data, task=kind,
+        fields=fields, proxies=proxies, objective=objective, seed=seed, device=device, **options,
+    ).as_dict()  # fmt: skip
+    torch.set_float32_matmul_precision("highest")
+    for path in ("expert", "base", "dst", "data", "proxies"):
+        del report[path]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    score, exposure = report["standalone"], report["exposure"]["after"]["mean"]
+    return {
+        "kind": "training", "case": case.name, "seed": seed, "variant": variant.name, "report": report, "peak": peak,
+        "said": f"{score['before']:.4f} -> {score['after']:.4f}, exposure {exposure:.3f}, {report['seconds']:.0f} s",
+    }  # fmt: skip
+
+
+def audit(
+    case: Case, variant: Variant, seed: int, attacks: list[str], top: int, zoo: Path, work: Path, device: str
+) -> dict[str, Any]:
+    """An audit of a hardened model against its control; draws and subsets are not those of training."""
+    _, models, setting = paths(case, zoo, work)
+    config = {
+        "version": 1,
+        "base": str(setting.base),
+        "protected": {
+            "model": str(work / f"{case.name}-{seed}-{variant.name}"),
+            "plain": str(work / f"{case.name}-{seed}-{CONTROL.name}"),
+            "task": case.protected,
+        },
+        "others": {task: str(models[task]) for task in case.own},
+        "tasks": {task: dict(fields) for task, fields in setting.tasks.items()},
+        "levels": list(range(top + 1)),
+        "seed": seed + 100,
+        "device": device,
+        **({} if attacks == ["all"] else {"attacks": attacks}),
+    }
+    folder = work / f"audit-{case.name}-{seed}-{variant.name}-{top}"
+    found = um.audit(config, folder, workers=1, cache=work / "cache").as_dict()
+    shares = ", ".join(f"{one['level']}: {one['recovered']:.3f} {one['interval']}" for one in found["levels"])
+    alone = found["standalone"]
+    return {
+        "kind": "audit", "case": case.name, "seed": seed, "variant": variant.name, "slice": setting.slice,
+        "whole": attacks == ["all"], "found": brief(found),
+        "said": f"alone {alone['protected']:.4f} against {alone['plain']:.4f}; {shares}; {found['seconds']:.0f} s",
+    }  # fmt: skip
+
+
+def by_peft(case: Case, seed: int, zoo: Path, work: Path, device: str) -> dict[str, Any]:
+    """Merges of the hardened adapter, and of its control, by every method of peft."""
+    base, models, setting = paths(case, zoo, work)
+    began = time.monotonic()
+    folders = {variant.name: work / f"{case.name}-{seed}-{variant.name}" for variant in (CONTROL, TRAP)}
+    own, plain = models[case.own[0]], folders[CONTROL.name]
+    tasks = {name: setting.tasks[name] for name in (case.protected, case.own[0])}
+    sides = {
+        side: merges(base, folder, own, plain, tasks, _device(device), seed + 100)
+        for side, folder in folders.items()
+    }
+    best = {side: max(row["test"]["joint"] for row in rows) for side, rows in sides.items()}
+    return {
+        "kind": "peft", "case": case.name, "seed": seed, "rows": sides, "seconds": time.monotonic() - began,
+        "said": ", ".join(f"{side} {joint:.3f}" for side, joint in best.items()),
+    }  # fmt: skip
+
+
+def brief(found: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of an audit: no paths, no grids."""
+    rows = [
+        {name: row[name] for name in ("chain", "side", "level", "state", "reason", "options", "test", "cost")}
+        for row in found["rows"]
+    ]
+    kept = ("levels", "standalone", "machine", "suite", "seed", "seconds", "left_out", "notes")
+    return {**{name: found[name] for name in kept}, "rows": rows}
+
+
+def keep(record: Path, name: str) -> None:
+    """Keep records beside this script."""
+    KEPT.mkdir(exist_ok=True)
+    (KEPT / f"{name}.jsonl.gz").write_bytes(gzip.compress(record.read_bytes(), mtime=0))
+
+
+def _device(asked: str) -> str:
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -221,6 +221,7 @@ def _harden(args: argparse.Namespace) -> Outcome:
                 task=args.task,
                 fields=fields,
                 proxies=args.proxies or (),
+                made=args.made,
                 objective=args.objective,
                 strength=args.strength,
                 max_loss=args.max_loss,
@@ -230,6 +231,8 @@ def _harden(args: argparse.Namespace) -> Outcome:
                 seed=args.seed,
                 lock=key,
                 device=args.device,
+                precision=args.precision,
+                checkpointing=args.gradient_checkpointing,
                 progress=told,
             )
     except ImportError as error:

@@ -40,6 +40,10 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
         help="another fine-tune of the base, or an adapter, in the place of a thief's; may be repeated",
     )  # fmt: skip
     parser.add_argument(
+        "--made", metavar="KIND", action="append", choices=("random", "spectrum"),
+        help="directions that are made up in the place of a thief's fine-tunes: random, spectrum; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
         "--objective", metavar="NAME", default="trap",
         help=f"{', '.join(OBJECTIVES)}, or several with a + between them (%(default)s)",
     )  # fmt: skip
@@ -56,6 +60,13 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--batch", metavar="N", type=positive, help="examples a step")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="of passes; weights stay float32 (%(default)s: bf16 on a GPU that has it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory for activations, more time"
+    )
     parser.add_argument("--lock", metavar="KEY", dest="key", help="then lock the result with this key")
     passphrase(parser)
     quiet(parser)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import os
 
     from ..keys import Key
+    from .objectives import Objective
 
     Path_ = str | os.PathLike[str]
 
@@ -75,7 +76,8 @@ def harden(
     task: str | None = None,
     fields: Mapping[str, Any] | None = None,
     proxies: Sequence[Path_] = (),
-    objective: str = "trap",
+    made: Sequence[str] | None = None,
+    objective: str | Objective = "trap",
     strength: float | None = None,
     max_loss: float | None = None,
     steps: int | None = None,
@@ -84,6 +86,8 @@ def harden(
     seed: int = 0,
     lock: Key | None = None,
     device: str = "auto",
+    precision: str = "auto",
+    checkpointing: bool = False,
     progress: Progress | None = None,
 ) -> HardenReport:
     """Train a finished fine-tune on, so that merges of it do not know its task, and write it.
@@ -97,7 +101,10 @@ def harden(
             not given.
         fields: further fields of the task, as in an audit's configuration: mean, images, length, …
         proxies: other fine-tunes of the base, or LoRA adapters, in the place of a thief's.
-        objective: `trap`, `trap2`, `repel`, `plain` (a control), or several with a + between them.
+        made: directions that are made up in the place of a thief's fine-tunes: `random` (by itself), `spectrum`; none
+            of them needs proxies.
+        objective: `trap`, `trap2`, `repel`, `plain` (a control), or several with a + between them; or an
+            object of the protocol in `harden.objectives`.
         strength: of the objective; with `max_loss`, the first one that is tried.
         max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
             strengths are tried.
@@ -105,6 +112,8 @@ def harden(
         seed: of everything random.
         lock: a key to lock the result with, by `exact`.
         device: "auto", "cpu" or "cuda".
+        precision: of passes: "fp32", "bf16" (weights stay float32), or "auto": bf16 on a GPU that has it.
+        checkpointing: gradient checkpointing, as the model's class has it: less memory for more time.
         progress: called with steps done, steps in all, and a label.
 
     Raises:
@@ -116,7 +125,7 @@ def harden(
     from .run import run_harden
 
     return run_harden(
-        expert, dst, base=base, data=data, task=task, fields=fields, proxies=proxies, objective=objective,
+        expert, dst, base=base, data=data, task=task, fields=fields, proxies=proxies, made=made, objective=objective,
         strength=strength, max_loss=max_loss, steps=steps, rate=rate, batch=batch, seed=seed, lock=lock, device=device,
-        progress=progress,
+        precision=precision, checkpointing=checkpointing, progress=progress,
     )  # fmt: skip

@@ -25,11 +25,17 @@ class Directions:
         models: task vectors of the owner's other fine-tunes; may be none.
         made: which of `KINDS` are drawn as well; half of the time, if there are models.
         seed: of all draws.
+        device: where task vectors are, and noise is drawn.
     """
 
-    def __init__(self, models: Sequence[State], made: Sequence[str], seed: int) -> None:
+    def __init__(
+        self, models: Sequence[State], made: Sequence[str], seed: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.models, self.made = list(models), tuple(made)
         self.generator = torch.Generator().manual_seed(seed)
+        self.noise = self.generator
+        if torch.device(device).type != "cpu":
+            self.noise = torch.Generator(device).manual_seed(seed)
 
     def draw(self, vector: State) -> Mapping[str, torch.Tensor]:
         """A direction for the task vector as it is now."""
@@ -43,7 +49,7 @@ class Directions:
         return int(torch.randint(count, (), generator=self.generator))
 
     def _random(self, delta: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(delta.shape, generator=self.generator).to(delta.device)
+        noise = torch.randn(delta.shape, generator=self.noise, device=self.noise.device).to(delta.device)
         return noise * (delta.norm() / max(delta.numel(), 1) ** 0.5)
 
     def _spectrum(self, delta: torch.Tensor) -> torch.Tensor:

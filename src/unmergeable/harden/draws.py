@@ -60,11 +60,8 @@ class Draws:
         """One merge: neither the fine-tune itself, nor a merge without it."""
         while True:
             found = self._draw()
-            parts = [torch.as_tensor(part) for part in found.own.values()]
-            itself = not any(found.other.values()) and all(
-                bool(((one - 1).abs() < NEAR).all()) for one in parts
-            )
-            if not itself and any(bool(one.any()) for one in parts):
+            itself = not any(found.other.values()) and all(_all_near(part) for part in found.own.values())
+            if not itself and any(_any(part) for part in found.own.values()):
                 return found
 
     def _draw(self) -> Draw:
@@ -92,8 +89,8 @@ class Draws:
         spread = JITTER if self._uniform() < 0.5 else 0.0
         noise = 1 + spread * torch.randn(2, len(self.shapes), generator=self.generator)
         return Draw(
-            {name: own * float(factor) for name, factor in zip(self.shapes, noise[0], strict=True)},
-            {name: other * float(factor) for name, factor in zip(self.shapes, noise[1], strict=True)},
+            {name: own * factor for name, factor in zip(self.shapes, noise[0].tolist(), strict=True)},
+            {name: other * factor for name, factor in zip(self.shapes, noise[1].tolist(), strict=True)},
         )
 
     def _blocks(self) -> dict[str, float]:
@@ -135,3 +132,11 @@ class Draws:
                 values = (middle + spread * (2 * rows[0] - 1)).clamp(0, MOST)
             own[name] = values.reshape(-1, *[1] * (len(shape) - 1))
         return Draw(own, dict.fromkeys(self.shapes, other))
+
+
+def _all_near(part: Coefficient) -> bool:
+    return bool((abs(part - 1) < NEAR).all()) if isinstance(part, torch.Tensor) else abs(part - 1) < NEAR
+
+
+def _any(part: Coefficient) -> bool:
+    return bool(part.any()) if isinstance(part, torch.Tensor) else part != 0

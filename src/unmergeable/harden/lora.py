@@ -16,7 +16,7 @@ import torch
 
 from ..errors import InputError
 from .draws import Draw
-from .merged import Weights, _part, _placed
+from .merged import Weights, _placed
 
 if TYPE_CHECKING:
     from ..merging import State
@@ -81,8 +81,8 @@ class LoraWeights(Weights):
                     for name, layer in self.layers.items():
                         rows = self.parameters[f"{name} B"]
                         rows.data = _placed(draw.own[name], rows) * rows.data
-                        added = _part(draw, direction, name, rows)
-                        if isinstance(added, torch.Tensor):
+                        if draw.other[name]:
+                            added = draw.other[name] * direction[name].to(rows)
                             frozen[name].data = below[name] + self._oriented(layer, added)
                 yield
                 with torch.no_grad():

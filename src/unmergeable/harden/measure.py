@@ -72,7 +72,7 @@ class Measure:
         """Of the weights as they are."""
         weights = self.owner.weights
         plain, base = (float(one[self._few].mean()) for one in (self.before_scores, self.base_scores))
-        directions = Directions(self.owner.vectors, self.made, SEED)
+        directions = Directions(self.owner.vectors, self.made, SEED, self.owner.device)
         values = []
         for draw in self.draws:
             with torch.no_grad(), weights.merged(draw, directions.draw(weights.vector())):

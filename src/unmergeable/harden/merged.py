@@ -6,7 +6,7 @@ for ten merges as for one. No forward pass is kept while another one runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -68,16 +68,24 @@ class Weights:
         Args:
             draw: coefficients. direction: by name; what is added, where its coefficient is not 0.
         """
+        names, parameters = list(self.parameters), list(self.parameters.values())
+        own = [_placed(draw.own[name], one) for name, one in self.parameters.items()]
         with self._set_aside():
             with torch.no_grad():
-                for name, one in self.parameters.items():
-                    origin, own = self.base[name], _placed(draw.own[name], one)
-                    one.data = origin + own * (one.data - origin) + _part(draw, direction, name, one)
+                origins = [self.base[name] for name in names]
+                # One call for all tensors: on a GPU a call costs more than the arithmetic of a small tensor.
+                merged = torch._foreach_sub([one.data for one in parameters], origins)
+                _scale(merged, own)
+                torch._foreach_add_(merged, origins)
+                _add(merged, [(draw.other[n], direction[n]) if draw.other[n] else None for n in names])
+                for one, weight in zip(parameters, merged, strict=True):
+                    one.data = weight
             yield
             with torch.no_grad():
-                for name, one in self.parameters.items():
-                    if one.grad is not None:
-                        one.grad = one.grad * _placed(draw.own[name], one)
+                found = [(one.grad, part) for one, part in zip(parameters, own, strict=True)]
+                held = [(gradient, part) for gradient, part in found if gradient is not None]
+                if held:
+                    _scale([gradient for gradient, _ in held], [part for _, part in held])
 
     def slopes(self) -> dict[str, float]:
         """Inside of `merged`, after a backward pass: the derivative by every tensor's own coefficient."""
@@ -99,10 +107,16 @@ class Weights:
             failed = False
         finally:
             with torch.no_grad():
+                sums, added = [], []
                 for name, one in self.parameters.items():
                     before, found = gradients[name], None if failed else one.grad
                     one.data = self._kept[name]
-                    one.grad = before if found is None else found if before is None else before.add_(found)
+                    one.grad = before if found is None else found if before is None else before
+                    if found is not None and before is not None:
+                        sums.append(before)
+                        added.append(found)
+                if sums:
+                    torch._foreach_add_(sums, added)
             self._kept = {}
 
 
@@ -110,6 +124,19 @@ def _placed(part: Coefficient, like: torch.Tensor) -> Coefficient:
     return part.to(like) if isinstance(part, torch.Tensor) else part
 
 
-def _part(draw: Draw, direction: State, name: str, like: torch.Tensor) -> torch.Tensor | float:
-    """What is added of the direction."""
-    return draw.other[name] * direction[name].to(like) if draw.other[name] else 0.0
+def _scale(tensors: Sequence[torch.Tensor], parts: Sequence[Coefficient]) -> None:
+    """Each by its coefficient, in place."""
+    numbers = [part for part in parts if not isinstance(part, torch.Tensor)]
+    if len(numbers) == len(parts):
+        torch._foreach_mul_(list(tensors), numbers)
+        return
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.mul_(part)
+
+
+def _add(tensors: Sequence[torch.Tensor], parts: Sequence[tuple[float, torch.Tensor] | None]) -> None:
+    """To each, so much of a direction, in place; nothing where there is None."""
+    found = [(one, part) for one, part in zip(tensors, parts, strict=True) if part is not None]
+    if found:
+        added = torch._foreach_mul([part[1].to(one) for one, part in found], [part[0] for _, part in found])
+        torch._foreach_add_([one for one, _ in found], added)

@@ -6,7 +6,7 @@ They leave their gradients in the parameters, pass by pass, so that no two forwa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -82,11 +82,13 @@ class Plain:
 class Trap:
     """Simulated merges must not know the task: −log(1 − p) of the right answer, bounded.
 
-    merges: a step. inner: steps of gradient descent that the thief takes on his coefficients before he is judged,
-    each with a forward and a backward pass more; rate: of these steps.
+    merges: a step. part: of the batch that every merge sees; the merges of a step see different parts, as far as
+    there are. inner: steps of gradient descent that the thief takes on his coefficients before he is judged, each
+    with a forward and a backward pass more; rate: of these steps.
     """
 
     merges: int = 2
+    part: float = 1.0
     inner: int = 0
     rate: float = 0.1
     name = "trap"
@@ -94,9 +96,13 @@ class Trap:
 
     def add(self, step: Step, strength: float) -> float:
         """Every merge in turn."""
-        total = 0.0
-        for _ in range(self.merges):
-            draw, direction = step.draws.draw(), step.directions.draw(step.weights.vector())
+        total, whole = 0.0, step
+        vector = step.weights.vector()
+        size = max(1, round(self.part * len(whole.batch)))
+        for number in range(self.merges):
+            start = number * size % (len(whole.batch) - size + 1)
+            step = replace(whole, batch=whole.batch[start : start + size])
+            draw, direction = step.draws.draw(), step.directions.draw(vector)
             for _ in range(self.inner):
                 draw = _improved(step, draw, direction, self.rate)
             with step.weights.merged(draw, direction):

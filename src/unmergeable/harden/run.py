@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ from ..merging.vectors import WEIGHTS, is_adapter
 from ..merging.write import write_merged
 from ..stock import quiet
 from . import HardenReport, Progress
+from .directions import KINDS as DIRECTIONS
 from .measure import Measure
+from .objectives import Objective
 from .objectives import objective as objective_of
 from .owner import KINDS, Owner
 from .search import lost, search
@@ -43,6 +45,7 @@ DEFAULTS = {
     "language-modelling": Settings(strength=0.3, steps=1000, rate=5e-4, batch=16),
 }
 SUFFIX = ".hardening"
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def run_harden(
@@ -54,7 +57,8 @@ def run_harden(
     task: str | None,
     fields: Mapping[str, Any] | None,
     proxies: Sequence[str | os.PathLike[str]],
-    objective: str,
+    made: Sequence[str] | None,
+    objective: str | Objective,
     strength: float | None,
     max_loss: float | None,
     steps: int | None,
@@ -63,18 +67,26 @@ def run_harden(
     seed: int,
     lock: Key | None,
     device: str,
+    precision: str,
+    checkpointing: bool,
     progress: Progress | None,
 ) -> HardenReport:
     """As `harden`."""
     began = time.monotonic()
-    chosen = objective_of(objective)
+    chosen = objective_of(objective) if isinstance(objective, str) else objective
     source, target = Path(expert), Path(dst)
     adapter = is_adapter(source)
     if adapter and lock is not None:
         what = "an adapter cannot be locked: it would no longer fit its base"
         raise UsageError(what, where="lock", hint="fold it into its base, harden that, and lock it")
+    if precision not in PRECISIONS:
+        raise UsageError(
+            "no such precision", where="precision", expected=" | ".join(PRECISIONS), got=precision
+        )
     kind = _kind(Path(base) if adapter else source, task)
     settings = _settings(kind, strength, steps, rate, batch, seed)
+    if made is not None:
+        settings = replace(settings, made=_made(made, proxies))
     if max_loss is not None and not max_loss >= 0:
         raise UsageError("no loss that can be allowed", where="max_loss", expected="0 or more", got=max_loss)
     if source.is_file():
@@ -86,11 +98,13 @@ def run_harden(
         with open_checkpoint(source) as checkpoint:
             check_destination(checkpoint.root, target, checkpoint.nbytes)
     written = {"kind": kind, "data": str(data), **dict(fields or {})}
-    accelerator = _accelerator(device)
+    accelerator = _accelerator(device, precision)
     progress_folder = target.with_name(target.name + SUFFIX)
-    folder = progress_folder / _digest(source, base, written, proxies, objective)
+    folder = progress_folder / _digest(source, base, written, proxies, chosen)
     with tempfile.TemporaryDirectory(prefix="unmergeable-harden-") as work:
         owner = Owner(source, Path(base), written, [Path(path) for path in proxies], Path(work), accelerator)
+        if checkpointing:
+            _checkpoint(owner.module)
         measure = Measure(owner, settings.made)
         check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
         exposed = measure.exposure()
@@ -155,19 +169,46 @@ def _settings(
     return Settings(**{**chosen, "made": tuple(chosen["made"])})
 
 
-def _accelerator(device: str) -> Accelerator:
-    """Where, and in which precision: bf16 on a GPU that has it, float32 elsewhere."""
+def _made(made: Sequence[str], proxies: Sequence[object]) -> tuple[str, ...]:
+    for one in made:
+        if one not in DIRECTIONS:
+            expected = " | ".join(DIRECTIONS)
+            raise UsageError("no such direction", where="made", expected=expected, got=one)
+    if not made and not proxies:
+        raise UsageError(
+            "nothing in the place of a thief's fine-tunes", hint="give proxies, or directions to make"
+        )
+    return tuple(made)
+
+
+def _checkpoint(module: torch.nn.Module) -> None:
+    """Keep no activations but those between blocks: less memory, a forward pass more.
+
+    Raises:
+        UsageError: the class does not know how.
+    """
+    found: Any = module
+    if not getattr(found, "supports_gradient_checkpointing", False):
+        got = type(module).__name__
+        raise UsageError("a model without gradient checkpointing", where="checkpointing", got=got)
+    # Weights are swapped in place between passes: what is computed again must be so before they are.
+    found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _accelerator(device: str, precision: str) -> Accelerator:
+    """Where, and in which precision: by itself, bf16 on a GPU that has it, float32 elsewhere."""
     import torch
 
     from ..audit.bench import pick_device
 
     placed = pick_device(device)
-    mixed = "bf16" if placed.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    able = placed.type == "cuda" and torch.cuda.is_bf16_supported()
+    mixed = "bf16" if precision == "bf16" or (precision == "auto" and able) else "no"
     return Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
 
 
 def _digest(
-    expert: Path, base: object, fields: Mapping[str, Any], proxies: Sequence[object], objective: str
+    expert: Path, base: object, fields: Mapping[str, Any], proxies: Sequence[object], objective: Objective
 ) -> str:
     """Names a training by what it is of, so that none goes on from another's checkpoint."""
     stamps = []
@@ -175,7 +216,7 @@ def _digest(
         place = Path(str(path))
         files = sorted(place.iterdir()) if place.is_dir() else [place]
         stamps += [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
-    facts = [str(expert), str(base), fields, list(map(str, proxies)), objective, stamps]
+    facts = [str(expert), str(base), fields, list(map(str, proxies)), repr(objective), stamps]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -129,7 +129,7 @@ class _Run:
         self.owner, self.settings = owner, settings
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.draws = Draws(owner.weights.shapes, settings.seed + 1)
-        self.directions = Directions(owner.vectors, settings.made, settings.seed + 2)
+        self.directions = Directions(owner.vectors, settings.made, settings.seed + 2, owner.device)
         self.losses: list[tuple[float, float]] = []
 
     def batch(self) -> Any:
@@ -151,6 +151,7 @@ class _Run:
             "data": self.generator,
             "draws": self.draws.generator,
             "directions": self.directions.generator,
+            "noise": self.directions.noise,
         }
 
     def save(self, folder: Path, step: int, optimizer: Any, schedule: Any) -> None:

@@ -79,7 +79,7 @@ class Hardening:
             split(origin, {f"proxy {number}": state})
             vectors.append({n: state[n].to(start) - start for n, start in self.weights.base.items()})
         self.draws = Draws(self.weights.shapes, seed + 1)
-        self.directions = Directions(vectors, made, seed + 2)
+        self.directions = Directions(vectors, made, seed + 2, next(iter(parameters.values())).device)
 
     def backward(
         self, inputs: Mapping[str, Any], backward: Callable[[torch.Tensor], None] = torch.Tensor.backward

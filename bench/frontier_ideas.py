@@ -1,0 +1,200 @@
+"""Ideas against a thief with labels, or with inputs to distil on: objectives for `harden`, each of a kind of its own.
+
+None is part of the package: bench/frontier.py measures what they are worth. They are added to the trap, which stands
+against merges without data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from unmergeable.harden.draws import Draw
+from unmergeable.harden.objectives import Objective, Step, Together, Trap, unlikelihood
+
+LAYERS = 3  # hidden states that are looked at, the last ones
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """After `steps` steps of repair a simulated merge must still not know the task; first-order.
+
+    Repair is descent by the sign of the gradient, as Adam's first steps are, each on a part of the batch of its own;
+    the last part judges. Tamper resistance by meta-learning, TAR (arXiv 2408.00761) without its second-order term.
+    With one long step it is curvature that is asked for: the first step of a repair overshoots.
+    """
+
+    steps: int = 4
+    rate: float = 1e-3
+    name = "unrolled"
+    source = "first-order meta-learning, after TAR, arXiv 2408.00761"
+
+    def add(self, step: Step, strength: float) -> float:
+        """One merge, repaired."""
+        draw, direction = step.draws.draw(), step.directions.draw(step.weights.vector())
+        parameters = list(step.weights.parameters.values())
+        size = max(1, len(step.batch) // (self.steps + 1))
+        with step.weights.merged(draw, direction):
+            for number in range(self.steps):
+                step.backward(step.task.loss(step.call, step.batch[number * size : (number + 1) * size]))
+                with torch.no_grad():
+                    for one in parameters:
+                        if one.grad is not None:
+                            one.data = one.data - self.rate * one.grad.sign()
+                            one.grad = None
+            loss = unlikelihood(step.task, step.call, step.batch[self.steps * size :])
+            step.backward(strength * loss)
+        return float(loss.detach())
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Hidden states of a simulated merge must be alike for all inputs, so that labels find nothing to read out.
+
+    The part of the last layers' mean states that differs between the examples of a batch; after RepNoise
+    (arXiv 2405.14577), which asks for noise.
+    """
+
+    name = "collapse"
+    source = "representations without information, after RepNoise, arXiv 2405.14577"
+
+    def add(self, step: Step, strength: float) -> float:
+        """One merge."""
+        draw, direction = step.draws.draw(), step.directions.draw(step.weights.vector())
+        with step.weights.merged(draw, direction):
+            total = torch.zeros((), device=step.batch.labels.device)
+            for state in states(step):
+                away = state - state.mean(0, keepdim=True)
+                total = total + away.square().sum() / state.square().sum().clamp(min=1e-6) / LAYERS
+            step.backward(strength * total)
+        return float(total.detach())
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Hidden states of a simulated merge must be orthogonal to the fine-tune's own: repair begins from nothing.
+
+    What differs between the examples of a batch is compared, as linear CKA does (arXiv 1905.00414).
+    """
+
+    name = "apart"
+    source = "representations that merges do not share; linear CKA, arXiv 1905.00414"
+
+    def add(self, step: Step, strength: float) -> float:
+        """One merge."""
+        with torch.no_grad():
+            own = [gram(state) for state in states(step)]
+        draw, direction = step.draws.draw(), step.directions.draw(step.weights.vector())
+        with step.weights.merged(draw, direction):
+            total = torch.zeros((), device=step.batch.labels.device)
+            for kept, state in zip(own, states(step), strict=True):
+                total = total + (kept * gram(state)).sum() / LAYERS
+            step.backward(strength * total)
+        return float(total.detach())
+
+
+@dataclass
+class Nasty:
+    """Answers must differ from those of the fine-tune as it was, but for the right one: a bad teacher.
+
+    Nasty Teacher (arXiv 2105.07381): minus the Kullback-Leibler divergence at a temperature, bounded here.
+    """
+
+    temperature: float = 4.0
+    most: float = 2.0
+    name = "nasty"
+    source = "Nasty Teacher, arXiv 2105.07381"
+    _start: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def add(self, step: Step, strength: float) -> float:
+        """On the fine-tune itself: no merge."""
+        if not self._start:
+            self._start |= {name: one.clone() for name, one in step.weights.vector().items()}
+        shapes = step.weights.shapes
+        itself = Draw(dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 1.0))
+        with torch.no_grad(), step.weights.merged(itself, self._start):
+            before = step.task.logits(step.call, step.batch).float() / self.temperature
+        after = step.task.logits(step.call, step.batch).float() / self.temperature
+        chances = before.softmax(-1)
+        apart = (chances * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean()
+        loss = torch.relu(self.most - apart)
+        step.backward(strength * loss)
+        return float(loss.detach())
+
+
+@dataclass(frozen=True)
+class Sharp:
+    """Answers as certain as possible: a temperature trained in, so that soft answers say no more than hard ones."""
+
+    name = "sharp"
+    source = "outputs without dark knowledge, against arXiv 1503.02531"
+
+    def add(self, step: Step, strength: float) -> float:
+        """The entropy of the fine-tune's answers."""
+        chances = step.task.logits(step.call, step.batch).float().log_softmax(-1)
+        loss = -(chances.exp() * chances).sum(-1).mean()
+        step.backward(strength * loss)
+        return float(loss.detach())
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An objective at a factor of its own."""
+
+    part: Objective
+    factor: float
+
+    @property
+    def name(self) -> str:
+        """The objective's."""
+        return self.part.name
+
+    @property
+    def source(self) -> str:
+        """The objective's."""
+        return self.part.source
+
+    def add(self, step: Step, strength: float) -> float:
+        """Factor times the objective."""
+        return self.factor * self.part.add(step, strength * self.factor)
+
+
+def beside(trap: Trap, part: Objective, factor: float) -> Together:
+    """The trap, and an idea at a factor of the trap's strength."""
+    return Together((trap, Weighted(part, factor)))
+
+
+def states(step: Step) -> list[torch.Tensor]:
+    """Mean hidden states over positions of the last layers, (n, width) each, in float32."""
+    more = getattr(step.task, "constants", {})
+    found = step.call(**step.batch.inputs, **more, output_hidden_states=True).hidden_states
+    return [state.float().mean(1) for state in found[-LAYERS:]]
+
+
+def gram(state: torch.Tensor) -> torch.Tensor:
+    """Similarities of the examples of a batch, (n, n), centred and of norm 1."""
+    away = state - state.mean(0, keepdim=True)
+    found = away @ away.T
+    return found / found.norm().clamp(min=1e-6)
+
+
+# By name: the idea, its kind, and its factor beside the trap.
+IDEAS: dict[str, tuple[str, Objective, float]] = {
+    "unrolled-4": ("repair in the loop", Unrolled(4, 1e-3), 2.0),
+    "unrolled-8": ("repair in the loop, longer", Unrolled(8, 5e-4), 2.0),
+    "overshoot": ("curvature: one long step of repair fails", Unrolled(1, 5e-3), 2.0),
+    "collapse": ("representations of merges carry nothing", Collapse(), 2.0),
+    "apart": ("representations of merges are not the fine-tune's", Apart(), 5.0),
+    "nasty": ("answers that teach badly", Nasty(), 0.2),
+    "sharp": ("answers without dark knowledge", Sharp(), 2.0),
+}
+
+
+def objective(name: str, trap: Trap) -> Objective:
+    """The trap with an idea beside it; the trap alone for `trap`."""
+    if name == "trap":
+        return trap
+    _, part, factor = IDEAS[name]
+    return beside(trap, replace(part), factor)  # type: ignore[type-var]
