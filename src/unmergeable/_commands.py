@@ -225,6 +225,7 @@ def _harden(args: argparse.Namespace) -> Outcome:
                 objective=args.objective,
                 strength=args.strength,
                 max_loss=args.max_loss,
+                may=args.may,
                 steps=args.steps,
                 rate=args.rate,
                 batch=args.batch,

@@ -47,7 +47,14 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
         "--objective", metavar="NAME", default="trap",
         help=f"{', '.join(OBJECTIVES)}, or several with a + between them (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--strength", metavar="λ", type=float, help="of the objective, or the first to try")
+    parser.add_argument(
+        "--strength", metavar="λ", type=float, help="of the objective, fixed, or the first to try"
+    )
+    parser.add_argument(
+        "--may", metavar="PART", type=float,
+        help="what simulated merges may keep of the task, 0 to 1: the strength follows (0.05, unless --strength or "
+        "--max-loss is given)",
+    )  # fmt: skip
     parser.add_argument(
         "--max-loss", metavar="POINTS", type=float,
         help="try strengths, and take the strongest that loses no more of the held-out score: points of accuracy, or "

@@ -31,7 +31,8 @@ class HardenReport:
 
     Attributes:
         expert, base, dst, data: paths. proxies: further fine-tunes that stood in for a thief's.
-        objective, strength, steps, rate, batch, seed: of the training that was taken.
+        made: what directions were made up beside them.
+        objective, strength, may, steps, rate, batch, seed: of the training that was taken; strength is the last one.
         standalone: the held-out score before and after. loss: points of accuracy or per cent of cross-entropy.
         exposure: before and after, mean and largest value of the task in simulated merges of held-out examples.
         trials: all strengths that were tried, with the same figures.
@@ -44,8 +45,10 @@ class HardenReport:
     dst: str
     data: str
     proxies: tuple[str, ...]
+    made: tuple[str, ...]
     objective: str
     strength: float
+    may: float | None
     steps: int
     rate: float
     batch: int
@@ -64,7 +67,8 @@ class HardenReport:
         """Ready for JSON."""
         from dataclasses import asdict
 
-        return {"document": "unmergeable.harden", "version": 1, **asdict(self), "proxies": list(self.proxies)}
+        listed = {"proxies": list(self.proxies), "made": list(self.made)}
+        return {"document": "unmergeable.harden", "version": 1, **asdict(self), **listed}
 
 
 def harden(
@@ -80,6 +84,7 @@ def harden(
     objective: str | Objective = "trap",
     strength: float | None = None,
     max_loss: float | None = None,
+    may: float | None = None,
     steps: int | None = None,
     rate: float | None = None,
     batch: int | None = None,
@@ -105,9 +110,12 @@ def harden(
             of them needs proxies.
         objective: `trap`, `trap2`, `repel`, `plain` (a control), or several with a + between them; or an
             object of the protocol in `harden.objectives`.
-        strength: of the objective; with `max_loss`, the first one that is tried.
+        strength: of the objective, fixed; with `max_loss`, the first one that is tried. Without either, the trap's
+            strength follows what simulated merges keep.
         max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
             strengths are tried.
+        may: what simulated merges may keep of the task on average, 0 to 1 (.05): the strength rises until they keep no
+            more. With `strength`, from there.
         steps, rate, batch: of AdamW; as the kind of task asks for if not given.
         seed: of everything random.
         lock: a key to lock the result with, by `exact`.
@@ -126,6 +134,6 @@ def harden(
 
     return run_harden(
         expert, dst, base=base, data=data, task=task, fields=fields, proxies=proxies, made=made, objective=objective,
-        strength=strength, max_loss=max_loss, steps=steps, rate=rate, batch=batch, seed=seed, lock=lock, device=device,
-        precision=precision, checkpointing=checkpointing, progress=progress,
+        strength=strength, max_loss=max_loss, may=may, steps=steps, rate=rate, batch=batch, seed=seed, lock=lock,
+        device=device, precision=precision, checkpointing=checkpointing, progress=progress,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 from .directions import Directions
 from .draws import Draw, Draws
+from .objectives import unlikelihood
 
 if TYPE_CHECKING:
     from ..tasks.task import Floats
@@ -67,6 +68,22 @@ class Measure:
         self.owner.module.eval()
         every = range(len(self.owner.task)) if index is None else index
         return self.owner.task.score(self.owner.module, every)
+
+    def ends(self) -> tuple[float, float]:
+        """The trap's objective at the base and at the fine-tune as it is."""
+        few, found = self.owner.task.evaluation[list(self._few)], []
+        self.owner.module.eval()
+        for own in (0.0, 1.0):
+            shapes = self.owner.weights.shapes
+            draw = Draw(dict.fromkeys(shapes, own), dict.fromkeys(shapes, 0.0))
+            with torch.no_grad(), self.owner.weights.merged(draw, {}):
+                each = [
+                    float(unlikelihood(self.owner.task, self.owner.module, batch.to(self.owner.device)))
+                    * len(batch)
+                    for batch in few.batches(self.owner.task.batch)
+                ]
+            found.append(sum(each) / len(few))
+        return found[0], found[1]
 
     def exposure(self) -> Exposure:
         """Of the weights as they are."""

@@ -27,7 +27,7 @@ from ..stock import quiet
 from . import HardenReport, Progress
 from .directions import KINDS as DIRECTIONS
 from .measure import Measure
-from .objectives import Objective
+from .objectives import Objective, Trap
 from .objectives import objective as objective_of
 from .owner import KINDS, Owner
 from .search import lost, search
@@ -45,6 +45,8 @@ DEFAULTS = {
     "language-modelling": Settings(strength=0.3, steps=1000, rate=5e-4, batch=16),
 }
 SUFFIX = ".hardening"
+MAY = 0.05  # of the task, that simulated merges keep on average
+_OURS: list[bool] = []  # whether this process's state of accelerate was made here
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -61,6 +63,7 @@ def run_harden(
     objective: str | Objective,
     strength: float | None,
     max_loss: float | None,
+    may: float | None,
     steps: int | None,
     rate: float | None,
     batch: int | None,
@@ -85,6 +88,7 @@ def run_harden(
         )
     kind = _kind(Path(base) if adapter else source, task)
     settings = _settings(kind, strength, steps, rate, batch, seed)
+    settings = replace(settings, may=_may(may, strength, max_loss, chosen))
     if made is not None:
         settings = replace(settings, made=_made(made, proxies))
     if max_loss is not None and not max_loss >= 0:
@@ -128,8 +132,10 @@ def run_harden(
         dst=str(dst),
         data=str(data),
         proxies=tuple(map(str, proxies)),
+        made=settings.made,
         objective=chosen.name,
-        strength=taken.strength,
+        strength=taken.figures["strength"],
+        may=settings.may,
         steps=settings.steps,
         rate=settings.rate,
         batch=settings.batch,
@@ -169,6 +175,22 @@ def _settings(
     return Settings(**{**chosen, "made": tuple(chosen["made"])})
 
 
+def _may(
+    asked: float | None, strength: float | None, max_loss: float | None, objective: Objective
+) -> float | None:
+    """What merges may keep; only a trap by itself says what they do."""
+    if asked is None:
+        return MAY if strength is None and max_loss is None and isinstance(objective, Trap) else None
+    if not 0 < asked < 1:
+        raise UsageError("no part of a task", where="may", expected="above 0 and below 1", got=asked)
+    if not isinstance(objective, Trap) or max_loss is not None:
+        what = "a strength that follows what merges keep is the trap's alone, and leaves nothing to search"
+        raise UsageError(
+            what, where="may", got=objective.name if max_loss is None else f"max_loss {max_loss:g}"
+        )
+    return asked
+
+
 def _made(made: Sequence[str], proxies: Sequence[object]) -> tuple[str, ...]:
     for one in made:
         if one not in DIRECTIONS:
@@ -196,15 +218,36 @@ def _checkpoint(module: torch.nn.Module) -> None:
 
 
 def _accelerator(device: str, precision: str) -> Accelerator:
-    """Where, and in which precision: by itself, bf16 on a GPU that has it, float32 elsewhere."""
+    """Where, and in which precision: by itself, bf16 on a GPU that has it, float32 elsewhere.
+
+    Raises:
+        UsageError: the process uses accelerate already, otherwise than this.
+    """
     import torch
+    from accelerate.state import AcceleratorState
 
     from ..audit.bench import pick_device
 
     placed = pick_device(device)
     able = placed.type == "cuda" and torch.cuda.is_bf16_supported()
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and able) else "no"
-    return Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
+    # accelerate has one state a process: what an earlier call made is ours to forget, anybody else's is not.
+    fresh = not AcceleratorState._shared_state
+    try:
+        made = Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
+    except ValueError as error:
+        if not _OURS:
+            raise UsageError(
+                "this process uses accelerate already, with other settings",
+                where="device, precision",
+                got=error,
+                hint="harden in a process of its own, or by `Hardening` in a loop of yours",
+            ) from error
+        AcceleratorState._reset_state(reset_partial_state=True)
+        made = Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
+    if fresh:
+        _OURS.append(True)
+    return made
 
 
 def _digest(

@@ -60,6 +60,7 @@ def search(
     Returns: all trials, and the weights of the best one that is allowed; None if none is.
     """
     start = owner.weights.copy()
+    ends = measure.ends() if settings.may is not None else (0.0, 1.0)
     trials: list[Trial] = []
     best: tuple[float, dict[str, torch.Tensor]] | None = None
     for strength in _strengths(settings.strength, trials, 1 if max_loss is None else TRIES):
@@ -67,7 +68,7 @@ def search(
         place = None if folder is None else folder / f"try-{len(trials)}"
         told = None if progress is None else _told(progress, len(trials), strength)
         chosen = replace(settings, strength=strength)
-        figures = train(owner, objective, chosen, accelerator, folder=place, progress=told)
+        figures = train(owner, objective, chosen, accelerator, ends=ends, folder=place, progress=told)
         standalone, exposure = measure.standalone(), measure.exposure()
         loss = lost(measure.before, standalone)
         allowed = max_loss is None or loss <= max_loss

@@ -18,6 +18,7 @@ from ..errors import RunError
 from .directions import Directions
 from .draws import Draws
 from .objectives import Objective, Step
+from .strength import Strength
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,11 +36,14 @@ class Settings:
     """What training depends on, beside models, data and objective.
 
     Attributes:
-        strength: λ, the objective's factor. steps, rate, batch: of AdamW; rate is the highest of a one-cycle.
+        strength: λ, the objective's factor, or the one to begin with. may: what simulated merges may keep of the
+            task: the strength follows; None leaves it as it is.
+        steps, rate, batch: of AdamW; rate is the highest of a one-cycle.
         made: directions that are made up beside the owner's fine-tunes. seed: of everything random.
     """
 
     strength: float = 0.15
+    may: float | None = None
     steps: int = 300
     rate: float = 2e-4
     batch: int = 64
@@ -53,6 +57,7 @@ def train(
     settings: Settings,
     accelerator: Accelerator,
     *,
+    ends: tuple[float, float] = (0.0, 1.0),
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -61,16 +66,19 @@ def train(
     Args:
         owner, objective, settings: what is trained, and how.
         accelerator: runs passes in its precision.
+        ends: of the objective, for a strength that follows: at the base and at the fine-tune.
         folder: for checkpoints; training that has one there goes on from it. It must be this training's alone.
         progress: called with steps done, steps in all, and the losses.
 
-    Returns: the means over the last tenth of the steps, "loss" and "objective", and how often it fell back.
+    Returns: the means over the last tenth of the steps, "loss" and "objective", the last strength, and how often it
+        fell back.
 
     Raises:
         RunError: a loss that is not finite again and again.
     """
     parameters = list(owner.weights.parameters.values())
-    run = _Run(owner, settings)
+    strength = Strength(settings.strength, settings.may, ends)
+    run = _Run(owner, settings, strength)
     optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.rate, total_steps=settings.steps, pct_start=max(WARM, 2 / settings.steps)
@@ -85,7 +93,7 @@ def train(
             loss = owner.task.loss(owner.module, batch)
         accelerator.backward(loss)
         with accelerator.autocast():
-            extra = objective.add(run.step(batch, accelerator.backward), settings.strength)
+            extra = objective.add(run.step(batch, accelerator.backward), strength.value)
         norm = torch.nn.utils.clip_grad_norm_(parameters, LONGEST)
         value = float(loss.detach())
         if not all(map(_finite, (value, extra, float(norm)))):
@@ -104,6 +112,7 @@ def train(
             continue
         optimizer.step()
         schedule.step()
+        strength.follow(extra)
         step += 1
         losses.append((value, extra))
         if step % SAVE == 0 or step == settings.steps:
@@ -111,11 +120,11 @@ def train(
             if folder is not None:
                 run.save(folder, step, optimizer, schedule)
         if progress is not None:
-            progress(step, settings.steps, f"loss {value:.3f}, objective {extra:.3f}")
+            progress(step, settings.steps, f"loss {value:.3f}, objective {extra:.3f}, λ {strength.value:.3g}")
     owner.module.eval()
     last = losses[-max(1, settings.steps // 10) :]
     means = [sum(pair[place] for pair in last) / len(last) for place in (0, 1)]
-    return {"loss": means[0], "objective": means[1], "falls": float(falls)}
+    return {"loss": means[0], "objective": means[1], "strength": strength.value, "falls": float(falls)}
 
 
 def _finite(value: float) -> bool:
@@ -125,8 +134,8 @@ def _finite(value: float) -> bool:
 class _Run:
     """All that is random in a training, and its checkpoints."""
 
-    def __init__(self, owner: Owner, settings: Settings) -> None:
-        self.owner, self.settings = owner, settings
+    def __init__(self, owner: Owner, settings: Settings, strength: Strength) -> None:
+        self.owner, self.settings, self.strength = owner, settings, strength
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.draws = Draws(owner.weights.shapes, settings.seed + 1)
         self.directions = Directions(owner.vectors, settings.made, settings.seed + 2, owner.device)
@@ -165,6 +174,7 @@ class _Run:
             "random": {name: one.get_state() for name, one in self._generators().items()},
             "torch": torch.get_rng_state(),
             "losses": self.losses,
+            "strength": self.strength.state(),
         }
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".state.{os.getpid()}"
@@ -186,5 +196,6 @@ class _Run:
         for name, one in self._generators().items():
             one.set_state(state["random"][name])
         torch.set_rng_state(state["torch"])
+        self.strength.load(state["strength"])
         self.losses = [(one, other) for one, other in state["losses"]]
         return int(state["step"])

@@ -1,0 +1,203 @@
+"""A strength that follows what merges keep, and the options that came with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import thief_cases
+import unmergeable as um
+from audit_cases import zoo
+from test_harden_objectives import step
+from unmergeable.errors import UsageError
+from unmergeable.harden import run as run_module
+from unmergeable.harden.objectives import Plain, Trap
+from unmergeable.harden.run import MAY
+from unmergeable.harden.strength import WIDEST, Strength
+from unmergeable.merging.tensors import load_state
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo(tmp_path_factory)
+
+
+def harden(models: Path, dst: Path, **changes: Any) -> Any:
+    given = {
+        "base": models / "base", "data": models / f"{PROTECTED}-train.npz", "proxies": [models / OWN[0]],
+        "steps": 6, "rate": 2e-3, "batch": 32, "device": "cpu",
+    }  # fmt: skip
+    return um.harden(models / PROTECTED, dst, **(given | changes))
+
+
+# --- the rule ------------------------------------------------------------------------------------------------
+
+
+def test_it_rises_while_merges_keep_too_much_and_falls_after() -> None:
+    strength = Strength(0.1, 0.2, ends=(1.0, 3.0))
+    for _ in range(100):
+        strength.follow(2.0)  # half of the task is kept
+    high = strength.value
+    assert strength.kept == pytest.approx(0.5, abs=0.02)
+    assert high > 0.2
+    for _ in range(300):
+        strength.follow(0.5)  # less than the base knows counts as nothing
+    assert strength.kept == pytest.approx(0.0, abs=1e-3)
+    assert strength.value < 0.5 * high
+
+
+def test_without_a_bound_it_stays() -> None:
+    strength = Strength(0.1)
+    for objective in (0.0, 5.0, -3.0):
+        strength.follow(objective)
+    assert strength.value == 0.1
+
+
+@given(st.lists(st.floats(-10, 10), max_size=60), st.floats(0.01, 0.99))
+def test_it_stays_within_its_limits_and_can_be_had_again(objectives: list[float], may: float) -> None:
+    one = Strength(0.1, may, ends=(-1.0, 2.0))
+    for objective in objectives:
+        one.follow(objective)
+        assert 0.1 / WIDEST <= one.value <= 0.1 * WIDEST
+        assert 0 <= one.kept <= 1
+    two = Strength(0.1, may, ends=(-1.0, 2.0))
+    two.load(one.state())
+    one.follow(0.3)
+    two.follow(0.3)
+    assert one.state() == two.state()
+
+
+# --- in a training -------------------------------------------------------------------------------------------
+
+
+def test_by_itself_the_traps_strength_follows(models: Path, tmp_path: Path) -> None:
+    report = harden(models, tmp_path / "out", steps=40)
+    assert report.may == MAY
+    assert report.strength == report.trials[0]["figures"]["strength"] > report.trials[0]["strength"]
+    fixed = harden(models, tmp_path / "fixed", strength=0.2)
+    assert (fixed.may, fixed.strength) == (None, 0.2)
+    assert harden(models, tmp_path / "plain", objective="plain").may is None
+    both = harden(models, tmp_path / "both", strength=0.2, may=0.5)
+    assert both.may == 0.5
+    assert both.strength != 0.2
+
+
+def test_what_merges_may_keep_decides(models: Path, tmp_path: Path) -> None:
+    """Less may be kept, less is kept."""
+    kept = []
+    for may in (0.9, 0.05):
+        report = harden(models, tmp_path / f"may-{may}", steps=250, batch=64, may=may)
+        kept.append(report.exposure["after"]["mean"])
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"may": 0.0}, "no part of a task"),
+        ({"may": 1.0}, "no part of a task"),
+        ({"may": 0.1, "objective": "repel"}, "the trap's alone"),
+        ({"may": 0.1, "max_loss": 1.0}, "nothing to search"),
+        ({"made": ["sideways"]}, "no such direction"),
+        ({"made": [], "proxies": []}, "nothing in the place"),
+        ({"precision": "int3"}, "no such precision"),
+    ],
+)
+def test_options_that_are_refused(changes: dict[str, Any], text: str, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=text):
+        harden(models, tmp_path / "out", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- options -------------------------------------------------------------------------------------------------
+
+
+def test_an_objective_of_ones_own(models: Path, tmp_path: Path) -> None:
+    class Counted(Plain):
+        name = "counted"
+        steps = 0
+
+        def add(self, step: Any, strength: float) -> float:
+            type(self).steps += 1
+            assert strength == 0.3
+            return 7.0
+
+    report = harden(models, tmp_path / "out", objective=Counted(), strength=0.3)
+    assert (report.objective, Counted.steps) == ("counted", 6)
+    assert report.trials[0]["figures"]["objective"] == 7.0
+
+
+def test_checkpointing_changes_memory_and_not_the_result(models: Path, tmp_path: Path) -> None:
+    for name, on in (("with", True), ("without", False)):
+        harden(models, tmp_path / name, checkpointing=on, strength=0.3)
+    one, two = (load_state(tmp_path / name) for name in ("with", "without"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    before = load_state(models / PROTECTED)
+    assert not all(torch.equal(one[name], before[name]) for name in one)
+
+
+def test_bf16_passes_leave_the_weights_their_type(models: Path, tmp_path: Path) -> None:
+    harden(models, tmp_path / "out", precision="bf16", strength=0.3)
+    one, before = load_state(tmp_path / "out"), load_state(models / PROTECTED)
+    assert {n: t.dtype for n, t in one.items()} == {n: t.dtype for n, t in before.items()}
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in one.values())
+
+
+def test_anothers_accelerate_is_left_alone(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(run_module, "_OURS", [])
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        with pytest.raises(UsageError, match="uses accelerate already"):
+            harden(models, tmp_path / "out", precision="fp32")
+        assert accelerator.mixed_precision == "bf16"
+        harden(models, tmp_path / "out", precision="bf16", steps=3)
+        with pytest.raises(UsageError, match="uses accelerate already"):
+            harden(models, tmp_path / "no", precision="fp32")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_directions_can_be_chosen(models: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, changes in {
+        "random": {"made": ["random"], "proxies": []},
+        "spectrum": {"made": ["spectrum"], "proxies": []},
+        "proxies": {"made": []},
+    }.items():
+        report = harden(models, tmp_path / name, strength=0.3, **changes)
+        assert report.made == tuple(changes["made"])  # type: ignore[arg-type]
+        found[name] = load_state(tmp_path / name)["classifier.weight"] is not None
+        found[name] = load_state(tmp_path / name)
+    names = list(found)
+    for one, two in zip(names, [*names[1:], names[0]], strict=True):
+        assert any(not torch.equal(found[one][n], found[two][n]) for n in found[one])
+
+
+def test_merges_may_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each merge sees its part; together they see all of it."""
+    module, whole = step()
+    seen: list[torch.Tensor] = []
+    real = type(module).forward
+
+    def forward(self: Any, pixel_values: torch.Tensor, **more: Any) -> Any:
+        seen.append(pixel_values)
+        return real(self, pixel_values=pixel_values, **more)
+
+    monkeypatch.setattr(type(module), "forward", forward)
+    Trap(merges=3, part=1 / 3).add(whole, 1.0)
+    assert [len(one) for one in seen] == [16, 16, 16]
+    assert torch.equal(torch.cat(seen), whole.batch.inputs["pixel_values"])
