@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+import harden_tables
 import unmergeable as um
 import zoo_tables
 from audits_tables import document, readme
@@ -109,7 +110,7 @@ def cases(zoo_path: Path | None) -> Iterator[Case]:
 
 def settings(work: Path, zoo_path: Path | None) -> dict[str, Setting]:
     """Models by setting. The embedded zoo is copied out, for a lock wants a destination beside it."""
-    found = {"embedded": _embedded(work / "embedded")}
+    found = {"embedded": embedded(work / "embedded")}
     if zoo_path is None:
         return found
     for name, family in (("text", "llama"), ("text2", "gpt2")):
@@ -119,7 +120,8 @@ def settings(work: Path, zoo_path: Path | None) -> dict[str, Setting]:
     return found
 
 
-def _embedded(folder: Path) -> Setting:
+def embedded(folder: Path) -> Setting:
+    """The embedded zoo, copied out."""
     if not folder.exists():
         zoo.copy_to(folder)
         for task in zoo.tasks():
@@ -279,7 +281,9 @@ def main() -> None:
         before = (
             zoo_tables.tables(json.loads(earlier.read_text(encoding="utf-8"))) if earlier.exists() else None
         )
-        args.docs.write_text(document(found, slices, SCENARIOS, args.seed, before, missing), encoding="utf-8")
+        hardening = harden_tables.section(KEPT.parent / "harden")
+        text = document(found, slices, SCENARIOS, args.seed, before, missing, hardening)
+        args.docs.write_text(text, encoding="utf-8")
     if args.readme is not None:
         text = args.readme.read_text(encoding="utf-8")
         head, _, rest = text.partition(BEGIN)

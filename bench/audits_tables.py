@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from audits_text import number, page, share, table
 
 Document = Mapping[str, Any]
 Found = Mapping[str, tuple[Any, Document]]
@@ -36,8 +38,13 @@ def document(
     seed: int,
     earlier: str | None,
     missing: Sequence[str],
+    hardening: str,
 ) -> str:
-    """The whole page; `earlier` are the tables of zoo_tables.py, if they were made, `missing` audits that were not."""
+    """The whole page.
+
+    `earlier` are the tables of zoo_tables.py, if they were made, `missing` audits that were not, `hardening` a section
+    of its own.
+    """
     first = next(iter(found.values()))[1]
     parts = [
         HEAD.format(
@@ -59,6 +66,7 @@ def document(
         *(methods(found, setting) for setting in NAMES),
         claims(found),
         costs(found),
+        hardening,
         EARLIER.format(tables=earlier) if earlier else "",
         DOUBTS,
         doubts(found),
@@ -66,39 +74,10 @@ def document(
     return page(*parts) + "\n"
 
 
-def page(*parts: str) -> str:
-    """Parts with a blank line between them."""
-    return "\n\n".join(part.strip("\n") for part in parts if part)
-
-
 def _machine(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "mergekit"))
     kind = f"{machine['cores']} {machine['processor']} cores, {machine['device']}"
     return f"{kind}, Python {machine['python']}, {versions}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure with a true minus; nothing where there is none."""
-    if value is None:
-        return "–"
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else text.removeprefix("-")
-
-
-def share(level: Mapping[str, Any] | None) -> str:
-    """What was recovered, with its interval."""
-    if level is None:
-        return ""
-    if not level["reliable"]:
-        return "not judged"
-    low, high = level["interval"]
-    return f"{number(level['recovered'])} [{number(low)}, {number(high)}]"
 
 
 def level_of(result: Document, level: int) -> Mapping[str, Any] | None:

@@ -44,7 +44,8 @@ class Unrolled:
                         if one.grad is not None:
                             one.data = one.data - self.rate * one.grad.sign()
                             one.grad = None
-            loss = unlikelihood(step.task, step.call, step.batch[self.steps * size :])
+            rest = step.batch[self.steps * size :]
+            loss = unlikelihood(step.task.logits(step.call, rest), rest.labels)
             step.backward(strength * loss)
         return float(loss.detach())
 

@@ -3,13 +3,13 @@
     python bench/harden.py -d WORK --zoo PATH                              # everything, hours even on a GPU
     python bench/harden.py -d WORK --zoo PATH --groups bars --only images-fmnist --seeds 0
     python bench/harden.py -d WORK --zoo PATH --only text-c --steps 300 --batch 8    # a reduced recipe, on two cores
-    python bench/harden.py -d WORK --docs docs/hardening.md --tables       # of what bench/harden holds
 
 Groups: `bars`, each task protected in turn, against a control that is trained plainly for the same steps on the same
 data, which is the audit's unprotected model; `strengths`, other strengths of the same; `directions`, without another
 fine-tune of the owner's, or with it alone; `ideas`, those of bench/frontier_ideas.py against labels and distillation;
 `peft`, merges of adapters by peft's own methods. One of the other fine-tunes is the owner's stand-in, the rest are the
-thief's. The weights that are judged are read again from disk. What was found is kept in bench/harden.
+thief's. The weights that are judged are read again from disk. With --keep, what was found is kept in bench/harden;
+bench/audits.py writes its tables.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from typing import Any
 import torch
 
 import frontier_ideas
-import harden_tables
 import unmergeable as um
 from harden_cases import (
     ATTACKS,
@@ -48,30 +48,26 @@ from unmergeable.harden.objectives import Trap
 KEPT = Path(__file__).parent / "harden"
 GROUPS = ("bars", "strengths", "directions", "ideas", "peft")
 STRENGTHS = (0.5, 2.0)  # times a recipe's
-IDEAS_ON = ("images-fmnist",)
+IDEAS_ON = ("embedded-fashion",)
 
 
 def main() -> None:
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     record = args.work / "records.jsonl"
-    if not args.tables:
-        known = {json.loads(line)["name"] for line in record.open()} if record.exists() else set()
-        jobs = planned(args)
-        began = time.monotonic()
-        todo = [job for job in jobs if job.name not in known]
-        left = {job.name for job in todo}
-        todo = [Job(j.name, j.call, j.arguments, tuple(n for n in j.after if n in left)) for j in todo]
-        for job, found in run(todo, args.workers, args.minutes):
-            said = found if isinstance(found, str) else found["said"]
-            print(f"{time.monotonic() - began:6.0f} s  {job.name}: {said}", flush=True)
-            if not isinstance(found, str):
-                with record.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"name": job.name, **found}) + "\n")
-        if args.keep is not None:
-            keep(record, args.keep)
-    if args.docs is not None:
-        harden_tables.write(args.docs, KEPT)
+    known = {json.loads(line)["name"] for line in record.open()} if record.exists() else set()
+    todo = [job for job in planned(args) if job.name not in known]
+    left = {job.name for job in todo}
+    todo = [Job(j.name, j.call, j.arguments, tuple(n for n in j.after if n in left)) for j in todo]
+    began = time.monotonic()
+    for job, found in run(todo, args.workers, args.minutes):
+        said = found if isinstance(found, str) else found["said"]
+        print(f"{time.monotonic() - began:6.0f} s  {job.name}: {said}", flush=True)
+        if not isinstance(found, str):
+            with record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": job.name, **found}) + "\n")
+    if args.keep is not None:
+        keep(record, args.keep, args.about)
 
 
 def arguments() -> argparse.Namespace:
@@ -94,8 +90,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--top", type=int, default=2, help="the highest level of access of the bars")
     parser.add_argument("--keep", metavar="NAME", help="keep what was found in bench/harden under this name")
-    parser.add_argument("--tables", action="store_true", help="run nothing, write the document")
-    parser.add_argument("--docs", type=Path, help="document to write")
+    parser.add_argument("--about", metavar="TEXT", default="", help="on which machine, for the tables")
     return parser.parse_args()
 
 
@@ -257,10 +252,13 @@ def brief(found: dict[str, Any]) -> dict[str, Any]:
     return {**{name: found[name] for name in kept}, "rows": rows}
 
 
-def keep(record: Path, name: str) -> None:
-    """Keep records beside this script."""
+def keep(record: Path, name: str, about: str) -> None:
+    """Keep records beside this script, with where and how they were made."""
     KEPT.mkdir(exist_ok=True)
-    (KEPT / f"{name}.jsonl.gz").write_bytes(gzip.compress(record.read_bytes(), mtime=0))
+    command = " ".join(["python bench/harden.py", *sys.argv[1:]])
+    head = json.dumps({"name": "about", "kind": "about", "text": about, "command": command})
+    text = head + "\n" + record.read_text(encoding="utf-8")
+    (KEPT / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def _device(asked: str) -> str:

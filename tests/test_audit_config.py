@@ -146,7 +146,7 @@ def test_everything_is_told_at_once(folder: Path) -> None:
         "audit.yaml: protected.plane: no such field, expected plain",
         "audit.yaml: tasks.fashion.limits: no such field, expected limit",
         "audit.yaml: tasks.digits.kind: not a value of this field, expected image-classification | "
-        "language-modelling | text-classification | lm-eval | python, got 'pyton'",
+        "language-modelling | text-classification | sequence-to-sequence | lm-eval | python, got 'pyton'",
         "audit.yaml: private: not a value of this field, expected 'auto' or a list, got 'never'",
         "audit.yaml: seed: not a value of this field, expected a whole number, got 'x'",
         "audit.yaml: device: not a value of this field, expected text, got 3",

@@ -46,10 +46,10 @@ class _Fixed:
 def test_unlikelihood_by_hand() -> None:
     logits = torch.tensor([[0.0, math.log(3)], [5.0, 5.0]])
     task = TensorTask("t", "k", "accuracy", Examples({"x": logits}, torch.tensor([1, 0])))
-    found = unlikelihood(task, _Fixed(logits), task.evaluation)
+    found = unlikelihood(task.logits(_Fixed(logits), task.evaluation), task.evaluation.labels)
     expected = (-math.log(1 - 0.75 + LEAST) - math.log(1 - 0.5 + LEAST)) / 2
     assert float(found) == pytest.approx(expected, rel=1e-5)
-    sure = unlikelihood(task, _Fixed(torch.tensor([[-50.0, 50.0], [50.0, -50.0]])), task.evaluation)
+    sure = unlikelihood(torch.tensor([[-50.0, 50.0], [50.0, -50.0]]), task.evaluation.labels)
     assert float(sure) == pytest.approx(-math.log(LEAST), rel=1e-3)  # bounded
 
 
@@ -57,7 +57,7 @@ def test_of_text_every_token_counts_and_ignored_ones_do_not() -> None:
     logits = torch.randn(2, 4, 7)
     labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
     task = TensorTask("t", "k", "cross-entropy", Examples({"x": logits}, labels), next_token=True)
-    found = unlikelihood(task, _Fixed(logits), task.evaluation)
+    found = unlikelihood(task.logits(_Fixed(logits), task.evaluation), task.evaluation.labels)
     right = [
         torch.softmax(logits[row, place], -1)[label]
         for row, place, label in ((0, 0, 1), (0, 1, 2), (1, 0, 3))

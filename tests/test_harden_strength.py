@@ -18,7 +18,7 @@ from unmergeable.errors import UsageError
 from unmergeable.harden import run as run_module
 from unmergeable.harden.objectives import Plain, Trap
 from unmergeable.harden.run import MAY
-from unmergeable.harden.strength import WIDEST, Strength
+from unmergeable.harden.strength import WIDEST, Ends, Strength
 from unmergeable.merging.tensors import load_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -42,36 +42,49 @@ def harden(models: Path, dst: Path, **changes: Any) -> Any:
 
 
 def test_it_rises_while_merges_keep_too_much_and_falls_after() -> None:
-    strength = Strength(0.1, 0.2, ends=(1.0, 3.0))
+    strength = Strength(0.1, 0.2, Ends((1.0, 3.0), (2.0, 0.5)))
     for _ in range(100):
-        strength.follow(2.0)  # half of the task is kept
+        strength.follow([2.0, 2.0], 0.5)  # half of the task is kept
     high = strength.value
     assert strength.kept == pytest.approx(0.5, abs=0.02)
     assert high > 0.2
     for _ in range(300):
-        strength.follow(0.5)  # less than the base knows counts as nothing
+        strength.follow([0.5, -7.0], 0.5)  # less than the base knows counts as nothing
     assert strength.kept == pytest.approx(0.0, abs=1e-3)
     assert strength.value < 0.5 * high
 
 
+def test_it_does_not_rise_at_the_cost_of_the_fine_tune() -> None:
+    strength = Strength(0.1, 0.2, Ends((1.0, 3.0), (2.0, 0.5)))
+    for _ in range(300):
+        strength.follow([3.0], 1.0)  # a third of what fine-tuning gained is lost
+    assert strength.worth == pytest.approx(2 / 3, abs=0.01)
+    assert strength.value < 0.1
+
+
 def test_without_a_bound_it_stays() -> None:
     strength = Strength(0.1)
-    for objective in (0.0, 5.0, -3.0):
-        strength.follow(objective)
+    for score in (0.0, 5.0, -3.0):
+        strength.follow([score], 1.0)
+    assert strength.value == 0.1
+    strength = Strength(0.1, 0.2)
+    strength.follow([], 1.0)  # an objective without merges
     assert strength.value == 0.1
 
 
-@given(st.lists(st.floats(-10, 10), max_size=60), st.floats(0.01, 0.99))
-def test_it_stays_within_its_limits_and_can_be_had_again(objectives: list[float], may: float) -> None:
-    one = Strength(0.1, may, ends=(-1.0, 2.0))
-    for objective in objectives:
-        one.follow(objective)
+@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(0, 1e6)), max_size=60), st.floats(0.01, 0.99))
+def test_it_stays_within_its_limits_and_can_be_had_again(
+    steps: list[tuple[float, float]], may: float
+) -> None:
+    one = Strength(0.1, may, Ends((-1.0, 2.0), (3.0, 1.0)))
+    for score, loss in steps:
+        one.follow([score], loss)
         assert 0.1 / WIDEST <= one.value <= 0.1 * WIDEST
         assert 0 <= one.kept <= 1
-    two = Strength(0.1, may, ends=(-1.0, 2.0))
+    two = Strength(0.1, may, Ends((-1.0, 2.0), (3.0, 1.0)))
     two.load(one.state())
-    one.follow(0.3)
-    two.follow(0.3)
+    for strength in (one, two):
+        strength.follow([0.3], 1.0)
     assert one.state() == two.state()
 
 

@@ -8,7 +8,7 @@ from ._parser_parts import Parser, json, passphrase, positive, quiet, verb
 
 # Spelled out here, for what they name is imported when it is used; a test compares.
 OBJECTIVES = ("trap", "trap2", "repel", "plain")
-TASKS = ("image-classification", "language-modelling", "text-classification")
+TASKS = ("image-classification", "language-modelling", "text-classification", "sequence-to-sequence")
 
 
 def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -52,7 +52,7 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "--may", metavar="PART", type=float,
-        help="what simulated merges may keep of the task, 0 to 1: the strength follows (0.05, unless --strength or "
+        help="what simulated merges may keep of the task, 0 to 1: the strength follows (0.1, unless --strength or "
         "--max-loss is given)",
     )  # fmt: skip
     parser.add_argument(

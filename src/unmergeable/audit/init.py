@@ -23,6 +23,7 @@ _KINDS = {
     "ForCausalLM": "language-modelling",
     "LMHeadModel": "language-modelling",
 }
+_ANSWERS = ("ForConditionalGeneration", "MarianMTModel")
 _DATA = {
     "image-classification": """\
     data: DATA                # a folder with a folder a class, an .npz (images, labels), or a saved data set
@@ -39,6 +40,13 @@ _DATA = {
     # train:                  # examples that a thief with data may use (levels 2 and 3); none that are scored
     #   data: DATA
 """,
+    "sequence-to-sequence": """\
+    data: DATA                # a .csv with a header, a .jsonl, or a saved data set
+    # text: text              # columns or fields
+    # target: target
+    # train:                  # examples that a thief with data may use (levels 2 and 3); none that are scored
+    #   data: DATA
+""",
     "language-modelling": """\
     data: DATA                # a .txt, a .jsonl (text), an .npz of token ids, or a saved data set
     # field: text             # field of a .jsonl, array of an .npz, column of a data set
@@ -49,7 +57,7 @@ _DATA = {
 """,
 }
 _OTHERWISE = """\
-    # One of: image-classification, text-classification, language-modelling, lm-eval, python.
+    # One of: image-classification, text-classification, language-modelling, sequence-to-sequence, lm-eval, python.
     function: FILE.py:score   # score(model, indices) -> one number for each, higher is better
     examples: 500
 """
@@ -168,6 +176,10 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
         for ending, kind in _KINDS.items():
             if str(name).endswith(ending):
                 return kind
+        # Models of speech and of pictures with text end so as well.
+        texts = config.get("is_encoder_decoder") and not {"vision_config", "num_mel_bins"} & config.keys()
+        if str(name).endswith(_ANSWERS) and texts:
+            return "sequence-to-sequence"
     return None
 
 

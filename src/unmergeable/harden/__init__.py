@@ -102,8 +102,8 @@ def harden(
         dst: the new folder; it appears whole or not at all. A training that was killed goes on from `dst`.hardening.
         base: what it was fine-tuned from.
         data: examples of its task to train on; a tenth is held out to measure on.
-        task: `image-classification`, `language-modelling` or `text-classification`; the model's class says it if
-            not given.
+        task: `image-classification`, `language-modelling`, `text-classification` or `sequence-to-sequence`; the model's
+            class says it if not given.
         fields: further fields of the task, as in an audit's configuration: mean, images, length, …
         proxies: other fine-tunes of the base, or LoRA adapters, in the place of a thief's.
         made: directions that are made up in the place of a thief's fine-tunes: `random` (by itself), `spectrum`; none
@@ -114,7 +114,7 @@ def harden(
             strength follows what simulated merges keep.
         max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
             strengths are tried.
-        may: what simulated merges may keep of the task on average, 0 to 1 (.05): the strength rises until they keep no
+        may: what simulated merges may keep of the task on average, 0 to 1 (.1): the strength rises until they keep no
             more. With `strength`, from there.
         steps, rate, batch: of AdamW; as the kind of task asks for if not given.
         seed: of everything random.

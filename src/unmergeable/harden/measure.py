@@ -13,7 +13,7 @@ import torch
 
 from .directions import Directions
 from .draws import Draw, Draws
-from .objectives import unlikelihood
+from .strength import Ends
 
 if TYPE_CHECKING:
     from ..tasks.task import Floats
@@ -69,21 +69,25 @@ class Measure:
         every = range(len(self.owner.task)) if index is None else index
         return self.owner.task.score(self.owner.module, every)
 
-    def ends(self) -> tuple[float, float]:
-        """The trap's objective at the base and at the fine-tune as it is."""
-        few, found = self.owner.task.evaluation[list(self._few)], []
-        self.owner.module.eval()
-        for own in (0.0, 1.0):
-            shapes = self.owner.weights.shapes
-            draw = Draw(dict.fromkeys(shapes, own), dict.fromkeys(shapes, 0.0))
-            with torch.no_grad(), self.owner.weights.merged(draw, {}):
-                each = [
-                    float(unlikelihood(self.owner.task, self.owner.module, batch.to(self.owner.device)))
-                    * len(batch)
-                    for batch in few.batches(self.owner.task.batch)
-                ]
-            found.append(sum(each) / len(few))
-        return found[0], found[1]
+    def ends(self) -> Ends:
+        """The base and the fine-tune as it is, which what merges keep is relative to."""
+        return Ends(
+            (float(self.base_scores.mean()), float(self.before_scores.mean())),
+            (self._loss(0.0), self._loss(1.0)),
+        )
+
+    def _loss(self, own: float) -> float:
+        """The mean loss of so much of the task vector on a few examples, in nats."""
+        owner, shapes = self.owner, self.owner.weights.shapes
+        owner.module.eval()
+        few = owner.task.evaluation[list(self._few)]
+        draw = Draw(dict.fromkeys(shapes, own), dict.fromkeys(shapes, 0.0))
+        with torch.no_grad(), owner.weights.merged(draw, {}):
+            parts = [
+                float(owner.task.loss(owner.module, batch.to(owner.device))) * len(batch)
+                for batch in few.batches(owner.task.batch)
+            ]
+        return sum(parts) / len(few)
 
     def exposure(self) -> Exposure:
         """Of the weights as they are."""

@@ -6,7 +6,7 @@ They leave their gradients in the parameters, pass by pass, so that no two forwa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -33,6 +33,9 @@ class Learner(Protocol):
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """The mean cross-entropy, differentiable."""
 
+    def scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What merges are good for, by example: as the task scores models."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -42,6 +45,7 @@ class Step:
         weights: the fine-tune and its base. draws, directions: of simulated merges.
         task: what the fine-tune is for. call: its module. batch: labelled examples, on its device.
         backward: of a loss, with its factor.
+        seen: mean scores of the merges of the step, for whoever follows them.
     """
 
     weights: Weights
@@ -51,6 +55,7 @@ class Step:
     call: Call
     batch: Examples
     backward: Callable[[torch.Tensor], None]
+    seen: list[float] = field(default_factory=list)
 
 
 class Objective(Protocol):
@@ -106,8 +111,10 @@ class Trap:
             for _ in range(self.inner):
                 draw = _improved(step, draw, direction, self.rate)
             with step.weights.merged(draw, direction):
-                loss = unlikelihood(step.task, step.call, step.batch)
+                logits = step.task.logits(step.call, step.batch)
+                loss = unlikelihood(logits, step.batch.labels)
                 step.backward(strength / self.merges * loss)
+            whole.seen.append(float(step.task.scores(logits.detach(), step.batch.labels).mean()))
             total += float(loss.detach()) / self.merges
         return total
 
@@ -200,10 +207,13 @@ def objective(name: str) -> Objective:
     return parts[0] if len(parts) == 1 else Together(parts)
 
 
-def unlikelihood(task: Learner, call: Call, batch: Examples) -> torch.Tensor:
-    """The mean of −log(1 − p + ε) over labels, p the probability of the right one. Differentiable."""
-    logits = task.logits(call, batch).float().flatten(0, -2)
-    labels = batch.labels.flatten()
+def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean of −log(1 − p + ε) over labels, p the probability of the right one. Differentiable.
+
+    Args:
+        logits: (n, [positions,] classes). labels: (n, [positions]); IGNORED ones are left out.
+    """
+    logits, labels = logits.float().flatten(0, -2), labels.flatten()
     counted = labels != IGNORED
     right = torch.softmax(logits[counted], -1).gather(1, labels[counted, None])[:, 0]
     return -(1 - right + LEAST).log().mean()

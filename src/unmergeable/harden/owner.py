@@ -30,7 +30,7 @@ HELD, FEW, MOST, LEAST = 0.1, 300, 1000, 32
 # Copies of the weights in float32 that training needs: they, their gradients twice, AdamW's two, the base, a merge,
 # the task vector, a direction, the best so far; and one more for every fine-tune of the owner's.
 COPIES = 10
-KINDS = ("image-classification", "language-modelling", "text-classification")
+KINDS = ("image-classification", "language-modelling", "text-classification", "sequence-to-sequence")
 
 
 class Owner:

@@ -42,10 +42,11 @@ if TYPE_CHECKING:
 DEFAULTS = {
     "image-classification": Settings(strength=0.15, steps=300, rate=3e-4, batch=64),
     "text-classification": Settings(strength=0.15, steps=300, rate=1e-4, batch=32),
+    "sequence-to-sequence": Settings(strength=0.3, steps=600, rate=3e-4, batch=16),
     "language-modelling": Settings(strength=0.3, steps=1000, rate=5e-4, batch=16),
 }
 SUFFIX = ".hardening"
-MAY = 0.05  # of the task, that simulated merges keep on average
+MAY = 0.1  # of the task, that simulated merges keep on average
 _OURS: list[bool] = []  # whether this process's state of accelerate was made here
 PRECISIONS = ("auto", "fp32", "bf16")
 

@@ -3,16 +3,27 @@
 How strong a trap must be depends on the task: what removes a task of ten classes leaves one of sixty-four as it is.
 So the strength rises while simulated merges keep more of the task than they may, and falls while they keep less: a
 multiplier of the constraint, updated in proportion to its violation (as GECO, arXiv 1810.00597, does for autoencoders).
+It never rises while the fine-tune itself is the worse for it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 GAIN = 0.03  # e-foldings a step, per unit of what is kept beyond what may be
-MEMORY = 0.05  # the part of the running mean that a step replaces
-WIDEST = 64.0  # how far from where it began
+MEMORY = 0.05  # the part of the running means that a step replaces
+WIDEST = 16.0  # how far from where it began
+WORTH = 0.9  # of what fine-tuning took off the loss, below which the strength falls
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The base and the fine-tune as it was, (base, fine-tune): scores as the task has them, and losses in nats."""
+
+    scores: tuple[float, float] = (0.0, 1.0)
+    losses: tuple[float, float] = (1.0, 0.0)
 
 
 @dataclass
@@ -22,32 +33,40 @@ class Strength:
     Attributes:
         value: now. first: to begin with.
         may: what merges may keep of the task, 0 to 1; None leaves the strength as it is.
-        ends: of the objective: at the base and at the fine-tune, which what is kept is relative to.
-        kept: running mean of what merges keep.
+        ends: what is kept, and what the fine-tune is worth, are relative to these.
+        kept, worth: running means.
     """
 
     first: float
     may: float | None = None
-    ends: tuple[float, float] = (0.0, 1.0)
+    ends: Ends = Ends()
 
     def __post_init__(self) -> None:
-        self.value, self.kept = self.first, 1.0
+        self.value, self.kept, self.worth = self.first, 1.0, 1.0
 
-    def follow(self, objective: float) -> None:
-        """After a step, by the objective that its merges had."""
-        if self.may is None:
+    def follow(self, scores: Sequence[float], loss: float) -> None:
+        """After a step, by the scores that its merges had, and the fine-tune's own loss."""
+        if self.may is None or not scores:
             return
-        low, high = self.ends
         # Merges that know less than the base does do not make up for those that know more.
-        kept = min(max((objective - low) / (high - low), 0.0), 1.0)
-        self.kept += MEMORY * (kept - self.kept)
-        changed = self.value * math.exp(GAIN * (self.kept - self.may))
+        parts = [min(max(_part(self.ends.scores, score), 0.0), 1.0) for score in scores]
+        self.kept += MEMORY * (sum(parts) / len(parts) - self.kept)
+        self.worth += MEMORY * (min(max(_part(self.ends.losses, loss), -1.0), 1.0) - self.worth)
+        step = self.kept - self.may
+        if self.worth < WORTH:
+            step = min(step, self.worth - WORTH)
+        changed = self.value * math.exp(GAIN * step)
         self.value = min(max(changed, self.first / WIDEST), self.first * WIDEST)
 
     def state(self) -> list[float]:
         """What a checkpoint keeps."""
-        return [self.value, self.kept]
+        return [self.value, self.kept, self.worth]
 
     def load(self, state: list[float]) -> None:
         """As it was."""
-        self.value, self.kept = state
+        self.value, self.kept, self.worth = state
+
+
+def _part(ends: tuple[float, float], value: float) -> float:
+    """0 at the first end, 1 at the second."""
+    return (value - ends[0]) / (ends[1] - ends[0])

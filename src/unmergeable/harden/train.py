@@ -18,7 +18,7 @@ from ..errors import RunError
 from .directions import Directions
 from .draws import Draws
 from .objectives import Objective, Step
-from .strength import Strength
+from .strength import Ends, Strength
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,6 +29,7 @@ LONGEST, WARM = 1.0, 0.1  # a gradient's norm; the part of the steps in which th
 FALLS = 3  # how often training may fall back, at half the rate
 SAVE = 50  # steps between checkpoints
 Progress = Callable[[int, int, str], None]
+NOWHERE = Ends()  # for a strength that does not follow
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def train(
     settings: Settings,
     accelerator: Accelerator,
     *,
-    ends: tuple[float, float] = (0.0, 1.0),
+    ends: Ends = NOWHERE,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -66,7 +67,7 @@ def train(
     Args:
         owner, objective, settings: what is trained, and how.
         accelerator: runs passes in its precision.
-        ends: of the objective, for a strength that follows: at the base and at the fine-tune.
+        ends: what the base and the fine-tune are, for a strength that follows.
         folder: for checkpoints; training that has one there goes on from it. It must be this training's alone.
         progress: called with steps done, steps in all, and the losses.
 
@@ -93,7 +94,8 @@ def train(
             loss = owner.task.loss(owner.module, batch)
         accelerator.backward(loss)
         with accelerator.autocast():
-            extra = objective.add(run.step(batch, accelerator.backward), strength.value)
+            taken = run.step(batch, accelerator.backward)
+            extra = objective.add(taken, strength.value)
         norm = torch.nn.utils.clip_grad_norm_(parameters, LONGEST)
         value = float(loss.detach())
         if not all(map(_finite, (value, extra, float(norm)))):
@@ -112,7 +114,7 @@ def train(
             continue
         optimizer.step()
         schedule.step()
-        strength.follow(extra)
+        strength.follow(taken.seen, value)
         step += 1
         losses.append((value, extra))
         if step % SAVE == 0 or step == settings.steps:

@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "image-classification": (".images", "accuracy on labelled images: a folder a class, npz, or a data set"),
     "language-modelling": (".language", "loss or accuracy of the next token: txt, jsonl, npz of ids"),
     "text-classification": (".sequences", "accuracy on labelled texts: csv, jsonl, or a data set"),
+    "sequence-to-sequence": (".pairs", "loss or accuracy of answers to texts: csv, jsonl, or a data set"),
     "lm-eval": (".harness", "a task of lm-evaluation-harness"),
     "python": (".function", "a function of your own, module:function"),
 }

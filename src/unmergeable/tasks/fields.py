@@ -20,6 +20,8 @@ __all__ = [
     "ImageClassification",
     "Images",
     "LanguageModelling",
+    "Pairs",
+    "SequenceToSequence",
     "Sequences",
     "Source",
     "TaskFields",
@@ -120,6 +122,28 @@ class TextClassification(Sequences):
     train: Sequences | None = None
 
 
+class Pairs(Source):
+    """text, target: columns of a csv, fields of jsonl, or columns of a data set."""
+
+    text: str | None = None
+    target: str | None = None
+
+
+class SequenceToSequence(Pairs):
+    """Texts with the texts to answer them with: a .csv with a header, a .jsonl, or a data set saved by `datasets`.
+
+    metric: of the target's tokens, cross-entropy (minus nats a token) or accuracy, each after the right ones before
+    it. length, target_length: tokens at most.
+    """
+
+    kind: Literal["sequence-to-sequence"]
+    metric: Literal["cross-entropy", "accuracy"] = "cross-entropy"
+    length: Annotated[int, Field(ge=2)] = 256
+    target_length: Annotated[int, Field(ge=2)] = 64
+    batch: PositiveInt = 16
+    train: Pairs | None = None
+
+
 class Harness(Exact):
     """A task of lm-evaluation-harness: `task` as it names it, `metric` one of its per-example metrics.
 
@@ -150,6 +174,6 @@ class Function(Exact):
 
 
 TaskFields = Annotated[
-    ImageClassification | LanguageModelling | TextClassification | Harness | Function,
+    ImageClassification | LanguageModelling | TextClassification | SequenceToSequence | Harness | Function,
     Field(discriminator="kind"),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from ..checkpoint.files import load_json
 from ..errors import InputError
 from ..stock import model_class, quiet
 from .classes import Classes, read_classes
-from .fields import Sequences, TextClassification, parse_fields
+from .fields import Sequences, Source, TextClassification, parse_fields
 from .pretrained import positions, read_config, read_tokenizer, vocabulary
-from .records import csv_rows, json_lines, saved_rows, table, texts
+from .records import Record, csv_rows, json_lines, saved_rows, table, texts
 from .sources import first_line, is_saved, load_saved, locate, training_source
 from .task import Examples, TensorTask
 
@@ -31,7 +31,7 @@ def read(name: str, fields: Mapping[str, Any], *, folder: Path, model: Path) -> 
     given = parse_fields(TextClassification, fields, where)
     config = read_config(model)
     classes = read_classes(config, given.classes, model, where)
-    encode = _Encoder(config, model, given.length)
+    encode = Encoder(config, model, given.length)
     training = training_source(given, given.train, ("text", "pair", "label"), folder, where)
     return TensorTask(
         name=name,
@@ -46,22 +46,10 @@ def read(name: str, fields: Mapping[str, Any], *, folder: Path, model: Path) -> 
     )
 
 
-def _examples(source: Sequences, classes: Classes, encode: _Encoder, folder: Path, where: str) -> Examples:
+def _examples(source: Sequences, classes: Classes, encode: Encoder, folder: Path, where: str) -> Examples:
     path = locate(folder, source.data, where)
-    label_feature = None
-    if path.is_dir() and is_saved(path):
-        found = load_saved(path, source.split)
-        records = saved_rows(found, path)
-        label_feature = found.features.get(source.label or "label")
-    elif source.split is not None:
-        raise InputError("only saved data sets have splits", where=f"{where}: split", got=source.split)
-    elif path.suffix == ".csv":
-        records = csv_rows(path)
-    elif path.suffix == ".jsonl":
-        records = json_lines(path)
-    else:
-        expected = "a .csv with a header, a .jsonl, or a folder saved by datasets"
-        raise InputError("no form of labelled texts that is known", where=path, expected=expected)
+    records, features = records_of(source, path, where, "labelled texts")
+    label_feature = features.get(source.label or "label")
     given = {want: getattr(source, want) for want in ("text", "pair", "label")}
     columns, places = table(records, given, _USUAL, source.limit, path)
     labels = classes.named(columns["label"], label_feature, path)
@@ -71,14 +59,41 @@ def _examples(source: Sequences, classes: Classes, encode: _Encoder, folder: Pat
     return Examples(encode(first, second, path), torch.tensor(numbers, dtype=torch.long))
 
 
-class _Encoder:
+def records_of(
+    source: Source, path: Path, where: str, what: str
+) -> tuple[Iterator[Record], Mapping[str, Any]]:
+    """The records of a table, and the features of a data set's columns.
+
+    Args:
+        source: its split is of a data set. path: of the table. where, what: for messages.
+
+    Raises:
+        InputError: a form that is not known.
+    """
+    if path.is_dir() and is_saved(path):
+        found = load_saved(path, source.split)
+        return saved_rows(found, path), found.features
+    if source.split is not None:
+        raise InputError("only saved data sets have splits", where=f"{where}: split", got=source.split)
+    if path.suffix == ".csv":
+        return csv_rows(path), {}
+    if path.suffix == ".jsonl":
+        return json_lines(path), {}
+    expected = "a .csv with a header, a .jsonl, or a folder saved by datasets"
+    raise InputError(f"no form of {what} that is known", where=path, expected=expected)
+
+
+class Encoder:
     """A model's tokenizer, with padding and a greatest length.
+
+    answers: texts are what the model is to answer, which some tokenizers write otherwise.
 
     Raises:
         InputError: the model has no tokenizer, or no token to pad with.
     """
 
-    def __init__(self, config: Any, model: Path, length: int) -> None:
+    def __init__(self, config: Any, model: Path, length: int, *, answers: bool = False) -> None:
+        self._answers = answers
         self._tokenizer = read_tokenizer(model)
         self._size = vocabulary(config, model)
         limits = (length, positions(config), self._tokenizer.model_max_length)
@@ -99,8 +114,9 @@ class _Encoder:
         """The model's inputs, (n, tokens of the longest)."""
         with quiet():
             try:
+                given = {"text_target": first} if self._answers else {"text": first, "text_pair": second}
                 found = self._tokenizer(
-                    first, second, padding="longest", truncation=True, max_length=self._length,
+                    **given, padding="longest", truncation=True, max_length=self._length,
                     return_attention_mask=True, return_tensors="pt",
                 )  # fmt: skip
             except Exception as error:  # tokenizers raise plain exceptions

@@ -175,11 +175,11 @@ class TensorTask(Task):
                 except Exception as error:  # a model may fail in any way
                     got = f"{type(error).__name__}: {str(error)[:200]}"
                     raise RunError("the model fails on the task", where=self.name, got=got) from error
-                found.append(self._scores(logits, placed.labels).cpu().double().numpy())
+                found.append(self.scores(logits, placed.labels).cpu().double().numpy())
         scores = np.concatenate(found) if found else np.empty(0)
         return finite(scores, self.name)
 
-    def _scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Per example: the mean over its labels of what is right, or of minus the loss."""
         if labels.ndim == 1:
             logits, labels = logits[:, None], labels[:, None]

@@ -1,0 +1,35 @@
+"""Figures and tables as Markdown has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def page(*parts: str) -> str:
+    """Parts with a blank line between them."""
+    return "\n\n".join(part.strip("\n") for part in parts if part)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure with a true minus; nothing where there is none."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+
+
+def share(level: Mapping[str, Any] | None) -> str:
+    """What was recovered, with its interval."""
+    if level is None:
+        return ""
+    if not level["reliable"]:
+        return "not judged"
+    low, high = level["interval"]
+    return f"{number(level['recovered'])} [{number(low)}, {number(high)}]"
