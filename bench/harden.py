@@ -85,6 +85,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--workers", type=int, default=2, help="processes; each has one thread")
     parser.add_argument("--minutes", type=float, help="begin nothing after so many")
+    parser.add_argument("--ideas", nargs="+", default=list(frontier_ideas.IDEAS), help="only these")
+    parser.add_argument("--trained", nargs="+", default=list(TRAINED), help="attacks on ideas")
     parser.add_argument(
         "--attacks", nargs="+", default=list(ATTACKS), help="of the bars; `all`: the whole suite"
     )
@@ -138,9 +140,9 @@ def planned(args: argparse.Namespace) -> list[Job]:
                     Job(f"{case.name}-{seed}-peft", by_peft, {"case": case, "seed": seed, **place}, sides),
                 )
             if "ideas" in args.groups and first and case.name in IDEAS_ON:
-                before = judge(1, case, TRAP, seed, list(TRAINED), 3)
-                for idea in frontier_ideas.IDEAS:
-                    judge(1.5, case, Variant(idea, idea), seed, list(TRAINED), 3, before)
+                before = judge(1, case, TRAP, seed, args.trained, 3)
+                for idea in args.ideas:
+                    judge(1.5, case, Variant(idea, idea), seed, args.trained, 3, before)
             if "directions" in args.groups and first and shown:
                 for variant in DIRECTIONS:
                     judge(4, case, variant, seed, args.attacks, args.top)

@@ -34,7 +34,14 @@ def plain(text: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")  # of packages that merge
 @pytest.mark.parametrize(
-    ("name", "commands"), [("tutorial", 15), ("merging", 12), ("attacks", 15), ("audit", 8)]
+    ("name", "commands"),
+    [
+        ("tutorial", 15),
+        ("merging", 12),
+        ("attacks", 15),
+        ("audit", 8),
+        pytest.param("harden", 5, marks=pytest.mark.slow),  # a training of two minutes
+    ],
 )
 def test_commands(name: str, commands: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -43,12 +43,12 @@ def harden(models: Path, dst: Path, **changes: Any) -> Any:
 
 def test_it_rises_while_merges_keep_too_much_and_falls_after() -> None:
     strength = Strength(0.1, 0.2, Ends((1.0, 3.0), (2.0, 0.5)))
-    for _ in range(100):
+    for _ in range(20):
         strength.follow([2.0, 2.0], 0.5)  # half of the task is kept
     high = strength.value
     assert strength.kept == pytest.approx(0.5, abs=0.02)
     assert high > 0.2
-    for _ in range(300):
+    for _ in range(60):
         strength.follow([0.5, -7.0], 0.5)  # less than the base knows counts as nothing
     assert strength.kept == pytest.approx(0.0, abs=1e-3)
     assert strength.value < 0.5 * high
@@ -56,7 +56,7 @@ def test_it_rises_while_merges_keep_too_much_and_falls_after() -> None:
 
 def test_it_does_not_rise_at_the_cost_of_the_fine_tune() -> None:
     strength = Strength(0.1, 0.2, Ends((1.0, 3.0), (2.0, 0.5)))
-    for _ in range(300):
+    for _ in range(60):
         strength.follow([3.0], 1.0)  # a third of what fine-tuning gained is lost
     assert strength.worth == pytest.approx(2 / 3, abs=0.01)
     assert strength.value < 0.1
@@ -66,9 +66,6 @@ def test_without_a_bound_it_stays() -> None:
     strength = Strength(0.1)
     for score in (0.0, 5.0, -3.0):
         strength.follow([score], 1.0)
-    assert strength.value == 0.1
-    strength = Strength(0.1, 0.2)
-    strength.follow([], 1.0)  # an objective without merges
     assert strength.value == 0.1
 
 

@@ -6,7 +6,7 @@ They leave their gradients in the parameters, pass by pass, so that no two forwa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -33,9 +33,6 @@ class Learner(Protocol):
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """The mean cross-entropy, differentiable."""
 
-    def scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What merges are good for, by example: as the task scores models."""
-
 
 @dataclass(frozen=True)
 class Step:
@@ -45,7 +42,6 @@ class Step:
         weights: the fine-tune and its base. draws, directions: of simulated merges.
         task: what the fine-tune is for. call: its module. batch: labelled examples, on its device.
         backward: of a loss, with its factor.
-        seen: mean scores of the merges of the step, for whoever follows them.
     """
 
     weights: Weights
@@ -55,7 +51,6 @@ class Step:
     call: Call
     batch: Examples
     backward: Callable[[torch.Tensor], None]
-    seen: list[float] = field(default_factory=list)
 
 
 class Objective(Protocol):
@@ -111,10 +106,8 @@ class Trap:
             for _ in range(self.inner):
                 draw = _improved(step, draw, direction, self.rate)
             with step.weights.merged(draw, direction):
-                logits = step.task.logits(step.call, step.batch)
-                loss = unlikelihood(logits, step.batch.labels)
+                loss = unlikelihood(step.task.logits(step.call, step.batch), step.batch.labels)
                 step.backward(strength / self.merges * loss)
-            whole.seen.append(float(step.task.scores(logits.detach(), step.batch.labels).mean()))
             total += float(loss.detach()) / self.merges
         return total
 

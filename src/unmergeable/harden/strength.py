@@ -3,7 +3,8 @@
 How strong a trap must be depends on the task: what removes a task of ten classes leaves one of sixty-four as it is.
 So the strength rises while simulated merges keep more of the task than they may, and falls while they keep less: a
 multiplier of the constraint, updated in proportion to its violation (as GECO, arXiv 1810.00597, does for autoencoders).
-It never rises while the fine-tune itself is the worse for it.
+It never rises while the fine-tune itself is the worse for it. Both are looked at every few steps, on examples that are
+held out: what was trained on is known by heart, and merges know it too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GAIN = 0.03  # e-foldings a step, per unit of what is kept beyond what may be
-MEMORY = 0.05  # the part of the running means that a step replaces
+EVERY = 5  # steps between looks
+RISE, FALL = 0.15, 0.075  # e-foldings a look, where merges keep everything, and where they keep nothing
+MEMORY = 0.2  # the part of the running means that a look replaces
 WIDEST = 16.0  # how far from where it began
 WORTH = 0.9  # of what fine-tuning took off the loss, below which the strength falls
 
@@ -45,17 +47,18 @@ class Strength:
         self.value, self.kept, self.worth = self.first, 1.0, 1.0
 
     def follow(self, scores: Sequence[float], loss: float) -> None:
-        """After a step, by the scores that its merges had, and the fine-tune's own loss."""
-        if self.may is None or not scores:
+        """After a look, by the scores of merges, and the fine-tune's own loss."""
+        if self.may is None:
             return
         # Merges that know less than the base does do not make up for those that know more.
         parts = [min(max(_part(self.ends.scores, score), 0.0), 1.0) for score in scores]
         self.kept += MEMORY * (sum(parts) / len(parts) - self.kept)
         self.worth += MEMORY * (min(max(_part(self.ends.losses, loss), -1.0), 1.0) - self.worth)
-        step = self.kept - self.may
+        over = self.kept - self.may
+        step = RISE * over / (1 - self.may) if over > 0 else FALL * over / self.may
         if self.worth < WORTH:
-            step = min(step, self.worth - WORTH)
-        changed = self.value * math.exp(GAIN * step)
+            step = min(step, -FALL)
+        changed = self.value * math.exp(step)
         self.value = min(max(changed, self.first / WIDEST), self.first * WIDEST)
 
     def state(self) -> list[float]:

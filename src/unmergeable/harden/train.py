@@ -18,7 +18,7 @@ from ..errors import RunError
 from .directions import Directions
 from .draws import Draws
 from .objectives import Objective, Step
-from .strength import Ends, Strength
+from .strength import EVERY, Ends, Strength
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LONGEST, WARM = 1.0, 0.1  # a gradient's norm; the part of the steps in which the rate rises
 FALLS = 3  # how often training may fall back, at half the rate
 SAVE = 50  # steps between checkpoints
+SHOWN = 2  # merges that a look is at
 Progress = Callable[[int, int, str], None]
 NOWHERE = Ends()  # for a strength that does not follow
 
@@ -94,8 +95,7 @@ def train(
             loss = owner.task.loss(owner.module, batch)
         accelerator.backward(loss)
         with accelerator.autocast():
-            taken = run.step(batch, accelerator.backward)
-            extra = objective.add(taken, strength.value)
+            extra = objective.add(run.step(batch, accelerator.backward), strength.value)
         norm = torch.nn.utils.clip_grad_norm_(parameters, LONGEST)
         value = float(loss.detach())
         if not all(map(_finite, (value, extra, float(norm)))):
@@ -114,8 +114,9 @@ def train(
             continue
         optimizer.step()
         schedule.step()
-        strength.follow(taken.seen, value)
         step += 1
+        if settings.may is not None and step % EVERY == 0:
+            strength.follow(*run.look())
         losses.append((value, extra))
         if step % SAVE == 0 or step == settings.steps:
             good = owner.weights.copy()
@@ -142,6 +143,27 @@ class _Run:
         self.draws = Draws(owner.weights.shapes, settings.seed + 1)
         self.directions = Directions(owner.vectors, settings.made, settings.seed + 2, owner.device)
         self.losses: list[tuple[float, float]] = []
+        # Looks have draws of their own: training is the same with and without them.
+        self.looking = torch.Generator().manual_seed(settings.seed + 3)
+        self.shown = Draws(owner.weights.shapes, settings.seed + 4)
+        self.turned = Directions(owner.vectors, settings.made, settings.seed + 5, owner.device)
+
+    def look(self) -> tuple[list[float], float]:
+        """Scores of a few merges on held-out examples, and the fine-tune's own loss on them."""
+        owner, held = self.owner, self.owner.task.evaluation
+        size = min(self.settings.batch, len(held))
+        batch = held[torch.randperm(len(held), generator=self.looking)[:size]].to(owner.device)
+        owner.module.eval()
+        scores = []
+        with torch.no_grad():
+            loss = float(owner.task.loss(owner.module, batch))
+            for _ in range(SHOWN):
+                draw, direction = self.shown.draw(), self.turned.draw(owner.weights.vector())
+                with owner.weights.merged(draw, direction):
+                    logits = owner.task.logits(owner.module, batch)
+                scores.append(float(owner.task.scores(logits, batch.labels).mean()))
+        owner.module.train()
+        return scores, loss
 
     def batch(self) -> Any:
         """Random training examples, changed at random where the task knows how."""
@@ -163,6 +185,10 @@ class _Run:
             "draws": self.draws.generator,
             "directions": self.directions.generator,
             "noise": self.directions.noise,
+            "looking": self.looking,
+            "shown": self.shown.generator,
+            "turned": self.turned.generator,
+            "turned noise": self.turned.noise,
         }
 
     def save(self, folder: Path, step: int, optimizer: Any, schedule: Any) -> None:

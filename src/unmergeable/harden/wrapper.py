@@ -129,10 +129,6 @@ class _Labelled:
         logits: torch.Tensor = call(**batch.inputs).logits
         return logits[:, :-1] if self.next_token else logits
 
-    def scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Which answers are right; nobody follows them here."""
-        return (logits.argmax(-1) == labels).float()
-
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """As TensorTask's."""
         logits = self.logits(call, batch).float().flatten(0, -2)
