@@ -16,6 +16,8 @@ from audit_cases import zoo
 from test_harden_objectives import step
 from unmergeable.errors import UsageError
 from unmergeable.harden import run as run_module
+from unmergeable.harden import strength as strength_module
+from unmergeable.harden import train as train_module
 from unmergeable.harden.objectives import Plain, Trap
 from unmergeable.harden.run import MAY
 from unmergeable.harden.strength import WIDEST, Ends, Strength
@@ -104,9 +106,41 @@ def test_what_merges_may_keep_decides(models: Path, tmp_path: Path) -> None:
     """Less may be kept, less is kept."""
     kept = []
     for may in (0.9, 0.05):
-        report = harden(models, tmp_path / f"may-{may}", steps=250, batch=64, may=may)
+        report = harden(models, tmp_path / f"may-{may}", steps=150, batch=64, may=may)
         kept.append(report.exposure["after"]["mean"])
     assert kept[1] < 0.5 * kept[0]
+
+
+def test_looking_changes_nothing_but_the_strength(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strength_module, "RISE", 0.0)
+    monkeypatch.setattr(strength_module, "FALL", 0.0)
+    harden(models, tmp_path / "followed", steps=12, strength=0.3, may=0.2)
+    harden(models, tmp_path / "fixed", steps=12, strength=0.3)
+    one, two = (load_state(tmp_path / name) for name in ("followed", "fixed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_followed_strength_goes_on_after_a_kill(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "SAVE", 7)
+    whole = harden(models, tmp_path / "whole", steps=20)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int, total: int, label: str) -> None:
+        if done == 17:
+            raise Killed
+
+    with pytest.raises(Killed):
+        harden(models, tmp_path / "cut", steps=20, progress=kill)
+    again = harden(models, tmp_path / "cut", steps=20)
+    assert again.strength == whole.strength
+    one, two = (load_state(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(
