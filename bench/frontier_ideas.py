@@ -1,7 +1,7 @@
 """Ideas against a thief with labels, or with inputs to distil on: objectives for `harden`, each of a kind of its own.
 
-None is part of the package: bench/frontier.py measures what they are worth. They are added to the trap, which stands
-against merges without data.
+bench/harden.py measures what they are worth, each beside the trap, which stands against merges without data. One,
+`collapse`, has become part of the package.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from unmergeable.harden.draws import Draw
-from unmergeable.harden.objectives import Objective, Step, Together, Trap, unlikelihood
+from unmergeable.harden.objectives import (
+    Collapse,
+    Objective,
+    Step,
+    Together,
+    Trap,
+    mean_states,
+    unlikelihood,
+)
 
 LAYERS = 3  # hidden states that are looked at, the last ones
 
@@ -51,29 +59,6 @@ class Unrolled:
 
 
 @dataclass(frozen=True)
-class Collapse:
-    """Hidden states of a simulated merge must be alike for all inputs, so that labels find nothing to read out.
-
-    The part of the last layers' mean states that differs between the examples of a batch; after RepNoise
-    (arXiv 2405.14577), which asks for noise.
-    """
-
-    name = "collapse"
-    source = "representations without information, after RepNoise, arXiv 2405.14577"
-
-    def add(self, step: Step, strength: float) -> float:
-        """One merge."""
-        draw, direction = step.draws.draw(), step.directions.draw(step.weights.vector())
-        with step.weights.merged(draw, direction):
-            total = torch.zeros((), device=step.batch.labels.device)
-            for state in states(step):
-                away = state - state.mean(0, keepdim=True)
-                total = total + away.square().sum() / state.square().sum().clamp(min=1e-6) / LAYERS
-            step.backward(strength * total)
-        return float(total.detach())
-
-
-@dataclass(frozen=True)
 class Apart:
     """Hidden states of a simulated merge must be orthogonal to the fine-tune's own: repair begins from nothing.
 
@@ -86,11 +71,11 @@ class Apart:
     def add(self, step: Step, strength: float) -> float:
         """One merge."""
         with torch.no_grad():
-            own = [gram(state) for state in states(step)]
+            own = [gram(state) for state in mean_states(step, LAYERS)]
         draw, direction = step.draws.draw(), step.directions.draw(step.weights.vector())
         with step.weights.merged(draw, direction):
             total = torch.zeros((), device=step.batch.labels.device)
-            for kept, state in zip(own, states(step), strict=True):
+            for kept, state in zip(own, mean_states(step, LAYERS), strict=True):
                 total = total + (kept * gram(state)).sum() / LAYERS
             step.backward(strength * total)
         return float(total.detach())
@@ -167,13 +152,6 @@ def beside(trap: Trap, part: Objective, factor: float) -> Together:
     return Together((trap, Weighted(part, factor)))
 
 
-def states(step: Step) -> list[torch.Tensor]:
-    """Mean hidden states over positions of the last layers, (n, width) each, in float32."""
-    more = getattr(step.task, "constants", {})
-    found = step.call(**step.batch.inputs, **more, output_hidden_states=True).hidden_states
-    return [state.float().mean(1) for state in found[-LAYERS:]]
-
-
 def gram(state: torch.Tensor) -> torch.Tensor:
     """Similarities of the examples of a batch, (n, n), centred and of norm 1."""
     away = state - state.mean(0, keepdim=True)
@@ -186,7 +164,7 @@ IDEAS: dict[str, tuple[str, Objective, float]] = {
     "unrolled-4": ("repair in the loop", Unrolled(4, 1e-3), 2.0),
     "unrolled-8": ("repair in the loop, longer", Unrolled(8, 5e-4), 2.0),
     "overshoot": ("curvature: one long step of repair fails", Unrolled(1, 5e-3), 2.0),
-    "collapse": ("representations of merges carry nothing", Collapse(), 2.0),
+    "collapse": ("representations of merges carry nothing", Collapse(), 1.0),
     "apart": ("representations of merges are not the fine-tune's", Apart(), 5.0),
     "nasty": ("answers that teach badly", Nasty(), 0.2),
     "sharp": ("answers without dark knowledge", Sharp(), 2.0),

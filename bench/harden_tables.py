@@ -57,7 +57,7 @@ def section(kept: Path) -> str:
 def bars(records: list[Any]) -> str:
     """Every audit up to level 2, against its control."""
     lines = []
-    for record in _audits(records, top=2):
+    for record in _audits(records, 1, 2):
         alone = record["found"]["standalone"]
         report = _report(records, record)
         lines.append(
@@ -86,7 +86,7 @@ def bars(records: list[Any]) -> str:
 def labels(records: list[Any]) -> str:
     """The trap against labels and distillation, row by row."""
     lines = []
-    for record in _audits(records, top=3):
+    for record in _audits(records, 3):
         if record["variant"] != "trap":
             continue
         rows = _rows(record)
@@ -104,9 +104,10 @@ def labels(records: list[Any]) -> str:
 
 def ideas(records: list[Any]) -> str:
     """Ideas against repair and distillation, side by side."""
-    audits = list(_audits(records, top=3))
-    names = {record["variant"] for record in audits}
-    if len(names) < 2:
+    every = _audits(records, 3)
+    several = {(one["source"], one["case"]) for one in every if one["variant"] != "trap"}
+    audits = [one for one in every if (one["source"], one["case"]) in several]
+    if not audits:
         return ""
     first = audits[0]
     shown = [name for name in dict.fromkeys(attack for attack, _ in _rows(first)) if _trained(name)]
@@ -115,13 +116,22 @@ def ideas(records: list[Any]) -> str:
         rows = _rows(first)
         cells = [rows.get((attack, side)) for attack in shown]
         lines.append(
-            (f"({'no protected model' if side == 'without' else 'control'})", "", "", *(_value(one) for one in cells))
+            (f"({'no protected model' if side == 'without' else 'control'})", "", "", _gain(rows, side),
+             *(_value(one) for one in cells))
         )  # fmt: skip
     for record in audits:
         alone, rows = record["found"]["standalone"], _rows(record)
         cells = [_value(rows.get((attack, "protected"))) for attack in shown]
-        lines.append((f"`{record['variant']}`", _change(alone), number(_joint(record)), *cells))
-    header = ("idea", "change", "joint without data", *(f"`{attack}`" for attack in shown))
+        lines.append(
+            (
+                f"`{record['variant']}`",
+                _change(alone),
+                number(_joint(record)),
+                _gain(rows, "protected"),
+                *cells,
+            )
+        )
+    header = ("idea", "change", "joint without data", "gain", *(f"`{attack}`" for attack in shown))
     return page("### Ideas against repair and distillation", IDEAS, table(header, lines))
 
 
@@ -203,8 +213,9 @@ def effect(found: Mapping[str, Any]) -> str:
 # --- records ------------------------------------------------------------------------------------------------
 
 
-def _audits(records: Iterable[Any], top: int) -> list[Any]:
-    return [r for r in records if r["kind"] == "audit" and r["name"].endswith(f"-{top}")]
+def _audits(records: Iterable[Any], *tops: int) -> list[Any]:
+    """Audits up to these levels of access."""
+    return [r for r in records if r["kind"] == "audit" and int(r["name"].rpartition("-")[2]) in tops]
 
 
 def _report(records: Iterable[Any], audit: Record) -> Mapping[str, Any]:
@@ -236,6 +247,14 @@ def _joint(record: Record) -> float:
     return max(
         pair["joint"] for (attack, side), pair in _rows(record).items() if side == "protected" and not _trained(attack)
     )  # fmt: skip
+
+
+def _gain(rows: Mapping[tuple[str, str], Mapping[str, float]], side: str) -> str:
+    """What a side's model adds to a repair with 16 labels a class."""
+    pair = [rows.get(("repair-16", one)) for one in (side, "without")]
+    if side == "without" or pair[0] is None or pair[1] is None:
+        return ""
+    return number(pair[0]["protected"] - pair[1]["protected"])
 
 
 def _trained(attack: str) -> bool:
@@ -274,7 +293,11 @@ Hardening takes merges without labels away, and little else: a thief who trains 
 IDEAS = """
 Each idea of `bench/frontier_ideas.py` beside the trap. A cell is the protected task's value and the worst own one.
 What a thief has from labels without the protected model is in the first row: an idea would have to bring the others
-near it.
+near it. *gain*: what the protected model adds to 16 labels a class; the target, half of the control's, is not
+reached, and distillation from hard answers is as good as ever. `unrolled-4` and `collapse` take more from merges
+without data than the trap by itself, which is why `collapse` can be had as an objective; `nasty` is the trap over
+again, for its divergence has no slope where training begins. One seed, 500 test images a task: differences below .1
+say nothing.
 """
 OWNERS = """
 Exposure: the value of the task in fixed simulated merges on held-out examples, which the fine-tune itself may have

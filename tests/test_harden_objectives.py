@@ -81,7 +81,7 @@ def descended(name: str, steps: int, rate: float = 3e-3) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["trap", "trap2", "trap+repel"])
+@pytest.mark.parametrize("name", ["trap", "collapse", "trap2", "trap+repel", "trap+collapse"])
 def test_going_down_its_gradients_lowers_it(name: str) -> None:
     found = descended(name, 12)
     assert found[-1] < 0.8 * found[0] if found[0] > 0 else found[-1] < found[0] - 0.1

@@ -96,7 +96,8 @@ def test_by_itself_the_traps_strength_follows(models: Path, tmp_path: Path) -> N
     assert report.strength == report.trials[0]["figures"]["strength"] > report.trials[0]["strength"]
     fixed = harden(models, tmp_path / "fixed", strength=0.2)
     assert (fixed.may, fixed.strength) == (None, 0.2)
-    assert harden(models, tmp_path / "plain", objective="plain").may is None
+    for name, may in (("plain", None), ("repel", None), ("trap+collapse", MAY)):
+        assert harden(models, tmp_path / name, objective=name).may == may
     both = harden(models, tmp_path / "both", strength=0.2, may=0.5)
     assert both.may == 0.5
     assert both.strength != 0.2
@@ -148,7 +149,7 @@ def test_a_followed_strength_goes_on_after_a_kill(
     [
         ({"may": 0.0}, "no part of a task"),
         ({"may": 1.0}, "no part of a task"),
-        ({"may": 0.1, "objective": "repel"}, "the trap's alone"),
+        ({"may": 0.1, "objective": "plain"}, "no strength to follow"),
         ({"may": 0.1, "max_loss": 1.0}, "nothing to search"),
         ({"made": ["sideways"]}, "no such direction"),
         ({"made": [], "proxies": []}, "nothing in the place"),

@@ -171,6 +171,6 @@ def test_a_hardened_model(tmp_path: Path) -> None:
         rate=3e-3, batch=64, device="cpu",
     )  # fmt: skip
     assert report.metric == "cross-entropy"
-    assert report.exposure["after"]["mean"] < 0.85 * report.exposure["before"]["mean"]
+    assert report.exposure["after"]["mean"] < 0.95 * report.exposure["before"]["mean"]
     before, after = load_state(tmp_path / "shift"), load_state(tmp_path / "out")
     assert before.keys() == after.keys()

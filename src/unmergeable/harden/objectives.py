@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from ..tasks.task import IGNORED, Call, Examples
 from .draws import Draw
 
@@ -113,6 +113,35 @@ class Trap:
 
 
 @dataclass(frozen=True)
+class Collapse:
+    """Hidden states of a simulated merge must be alike for all inputs, so that there is no task to read out of them.
+
+    The part of the last layers' mean states that differs between the examples of a batch, after RepNoise, which asks
+    for noise. To go beside the trap: `factor` times its strength.
+    """
+
+    factor: float = 2.0
+    layers: int = 3
+    name = "collapse"
+    source = "representations without information, after RepNoise, arXiv 2405.14577"
+
+    def add(self, step: Step, strength: float) -> float:
+        """One merge.
+
+        Raises:
+            InputError: the model gives no hidden states.
+        """
+        draw, direction = step.draws.draw(), step.directions.draw(step.weights.vector())
+        with step.weights.merged(draw, direction):
+            total = torch.zeros((), device=step.batch.labels.device)
+            for state in mean_states(step, self.layers):
+                away = state - state.mean(0, keepdim=True)
+                total = total + away.square().sum() / state.square().sum().clamp(min=1e-6) / self.layers
+            step.backward(self.factor * strength * total)
+        return float(total.detach())
+
+
+@dataclass(frozen=True)
 class Trap2:
     """The loss of the fine-tune's task vector at another scale must rise, over the scale (arXiv 2601.21898).
 
@@ -180,6 +209,7 @@ class Together:
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "trap": Trap,
+    "collapse": Collapse,
     "trap2": Trap2,
     "repel": Repel,
     "plain": Plain,
@@ -198,6 +228,20 @@ def objective(name: str) -> Objective:
             raise UsageError("no such objective", where=one, expected=" | ".join(OBJECTIVES))
     parts = tuple(OBJECTIVES[one]() for one in names)
     return parts[0] if len(parts) == 1 else Together(parts)
+
+
+def mean_states(step: Step, layers: int) -> list[torch.Tensor]:
+    """Hidden states of the last layers, the mean over positions, (n, width) each, in float32.
+
+    Raises:
+        InputError: the model gives none.
+    """
+    output = step.call(**step.batch.inputs, **getattr(step.task, "constants", {}), output_hidden_states=True)
+    for name in ("hidden_states", "decoder_hidden_states"):
+        found = getattr(output, name, None)
+        if found:
+            return [state.float().flatten(1, -2).mean(1) for state in found[-layers:]]
+    raise InputError("the model gives no hidden states", where="collapse", got=type(output).__name__)
 
 
 def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from ..stock import quiet
 from . import HardenReport, Progress
 from .directions import KINDS as DIRECTIONS
 from .measure import Measure
-from .objectives import Objective, Trap
+from .objectives import Objective
 from .objectives import objective as objective_of
 from .owner import KINDS, Owner
 from .search import lost, search
@@ -179,16 +179,17 @@ def _settings(
 def _may(
     asked: float | None, strength: float | None, max_loss: float | None, objective: Objective
 ) -> float | None:
-    """What merges may keep; only a trap by itself says what they do."""
+    """What merges may keep: followed by itself where there is a trap, and nothing else was asked for."""
     if asked is None:
-        return MAY if strength is None and max_loss is None and isinstance(objective, Trap) else None
+        trap = "trap" in objective.name.split("+")
+        return MAY if trap and strength is None and max_loss is None else None
     if not 0 < asked < 1:
         raise UsageError("no part of a task", where="may", expected="above 0 and below 1", got=asked)
-    if not isinstance(objective, Trap) or max_loss is not None:
-        what = "a strength that follows what merges keep is the trap's alone, and leaves nothing to search"
-        raise UsageError(
-            what, where="may", got=objective.name if max_loss is None else f"max_loss {max_loss:g}"
-        )
+    if objective.name == "plain":
+        raise UsageError("plain training has no strength to follow what merges keep", where="may", got=asked)
+    if max_loss is not None:
+        what = "a strength that follows what merges keep leaves nothing to search"
+        raise UsageError(what, where="may", got=f"max_loss {max_loss:g}")
     return asked
 
 
