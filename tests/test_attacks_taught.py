@@ -254,7 +254,10 @@ def test_statistics_are_of_the_model_and_not_of_what_the_module_holds(scene: thi
         few = thief.unlabelled(task, fisher.count)
         direct = fisher_information(own, run, few.batches(1))
         body = {name: direct[name] for name in direct if name in thief.base}
-        assert same(known[task], normalised(body))
+        expected = normalised(body)
+        assert known[task].keys() == expected.keys()
+        # Two runs of one computation may differ in the last bits, which some processors' kernels choose by alignment.
+        assert all(torch.allclose(known[task][name], expected[name], rtol=1e-5) for name in expected)
     assert thief.bill.forwards == 2 * thief_cases.TRAIN + sum(
         fisher.count * (1 + (TRAIN - 1) * CLASSES[task]) for task in (PROTECTED, ONE)
     )

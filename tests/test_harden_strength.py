@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import unmergeable as um
 from audit_cases import zoo
 from test_harden_objectives import step
 from unmergeable.errors import UsageError
-from unmergeable.harden import run as run_module
 from unmergeable.harden import strength as strength_module
 from unmergeable.harden import train as train_module
 from unmergeable.harden.objectives import Plain, Trap
@@ -25,6 +25,16 @@ from unmergeable.merging.tensors import load_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """No state that another test's Trainer left in this process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    assert not AcceleratorState._shared_state  # nothing is left of ours
 
 
 @pytest.fixture(scope="module")
@@ -196,14 +206,11 @@ def test_bf16_passes_leave_the_weights_their_type(models: Path, tmp_path: Path) 
     assert all(bool(torch.isfinite(tensor).all()) for tensor in one.values())
 
 
-def test_anothers_accelerate_is_left_alone(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_anothers_accelerate_is_left_alone(models: Path, tmp_path: Path) -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(run_module, "_OURS", [])
     try:
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         with pytest.raises(UsageError, match="uses accelerate already"):

@@ -317,6 +317,8 @@ def test_looking_up_structure_imports_neither_torch_nor_transformers():
 
 # ---- miniatures and oracle
 
+#: Of one computation run twice in fp64: on some processors kernels, chosen by alignment, differ in the last bits.
+AGAIN = 1e-14
 #: What an attention score or this input cannot see: adding the same to all scores of a row changes nothing.
 UNSEEN = ("key.bias", "k_proj.bias", "mask_token")
 
@@ -327,11 +329,12 @@ UNSEEN = ("key.bias", "k_proj.bias", "mask_token")
 def test_every_kind_builds_and_every_tensor_counts(config):
     facts = _facts_once(config)
     assert facts[0]["config"] != facts[1]["config"]
-    assert facts[0]["layouts"]["disk"] == 0.0
+    assert facts[0]["layouts"]["disk"] < AGAIN
     for fact in facts:
-        assert fact["self"] == fact["again"] == fact["nothing"] == 0.0
+        assert max(fact["self"], fact["again"], fact["nothing"]) < AGAIN
         assert fact["slow"] == []
-        assert fact["fast"] == fact["files"] > 1e-6
+        assert fact["fast"] == pytest.approx(fact["files"], rel=1e-6)
+        assert fact["files"] > 1e-6
         for name, moved in fact["moved"].items():
             assert (1e-6 < moved < float("inf")) or name.endswith(UNSEEN), name
         assert fact["decoded"] == (config["model_type"] in ("llama", "mixtral", "gpt2", "t5", "gemma3_text"))

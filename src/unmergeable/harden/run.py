@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,6 @@ DEFAULTS = {
 }
 SUFFIX = ".hardening"
 MAY = 0.1  # of the task, that simulated merges keep on average
-_OURS: list[bool] = []  # whether this process's state of accelerate was made here
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -103,10 +103,12 @@ def run_harden(
         with open_checkpoint(source) as checkpoint:
             check_destination(checkpoint.root, target, checkpoint.nbytes)
     written = {"kind": kind, "data": str(data), **dict(fields or {})}
-    accelerator = _accelerator(device, precision)
     progress_folder = target.with_name(target.name + SUFFIX)
     folder = progress_folder / _digest(source, base, written, proxies, chosen)
-    with tempfile.TemporaryDirectory(prefix="unmergeable-harden-") as work:
+    with (
+        _accelerating(device, precision) as accelerator,
+        tempfile.TemporaryDirectory(prefix="unmergeable-harden-") as work,
+    ):
         owner = Owner(source, Path(base), written, [Path(path) for path in proxies], Path(work), accelerator)
         if checkpointing:
             _checkpoint(owner.module)
@@ -149,7 +151,7 @@ def run_harden(
         locked=None if lock is None else lock.id,
         examples={"training": len(owner.training), "held": len(owner.task)},
         seconds=time.monotonic() - began,
-        device=str(accelerator.device),
+        device=str(owner.device),
     )
 
 
@@ -219,8 +221,11 @@ def _checkpoint(module: torch.nn.Module) -> None:
     found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _accelerator(device: str, precision: str) -> Accelerator:
+@contextmanager
+def _accelerating(device: str, precision: str) -> Iterator[Accelerator]:
     """Where, and in which precision: by itself, bf16 on a GPU that has it, float32 elsewhere.
+
+    accelerate has one state a process: what is made here is gone afterwards, anybody else's is left as it is.
 
     Raises:
         UsageError: the process uses accelerate already, otherwise than this.
@@ -233,23 +238,21 @@ def _accelerator(device: str, precision: str) -> Accelerator:
     placed = pick_device(device)
     able = placed.type == "cuda" and torch.cuda.is_bf16_supported()
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and able) else "no"
-    # accelerate has one state a process: what an earlier call made is ours to forget, anybody else's is not.
-    fresh = not AcceleratorState._shared_state
+    ours = not AcceleratorState._shared_state
     try:
         made = Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
     except ValueError as error:
-        if not _OURS:
-            raise UsageError(
-                "this process uses accelerate already, with other settings",
-                where="device, precision",
-                got=error,
-                hint="harden in a process of its own, or by `Hardening` in a loop of yours",
-            ) from error
-        AcceleratorState._reset_state(reset_partial_state=True)
-        made = Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
-    if fresh:
-        _OURS.append(True)
-    return made
+        raise UsageError(
+            "this process uses accelerate already, with other settings",
+            where="device, precision",
+            got=error,
+            hint="harden in a process of its own, or by `Hardening` in a loop of yours",
+        ) from error
+    try:
+        yield made
+    finally:
+        if ours:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _digest(
