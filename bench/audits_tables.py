@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from audits_text import number, page, share, table
+from audits_text import level_of, number, page, share, table
 
 Document = Mapping[str, Any]
 Found = Mapping[str, tuple[Any, Document]]
@@ -78,10 +78,6 @@ def _machine(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "mergekit"))
     kind = f"{machine['cores']} {machine['processor']} cores, {machine['device']}"
     return f"{kind}, Python {machine['python']}, {versions}"
-
-
-def level_of(result: Document, level: int) -> Mapping[str, Any] | None:
-    return next((one for one in result["levels"] if one["level"] == level), None)
 
 
 def summary(found: Found) -> str:

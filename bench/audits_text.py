@@ -33,3 +33,8 @@ def share(level: Mapping[str, Any] | None) -> str:
         return "not judged"
     low, high = level["interval"]
     return f"{number(level['recovered'])} [{number(low)}, {number(high)}]"
+
+
+def level_of(result: Mapping[str, Any], level: int) -> Mapping[str, Any] | None:
+    """What an audit found for a level; None if it was not audited."""
+    return next((one for one in result["levels"] if one["level"] == level), None)

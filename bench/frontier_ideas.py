@@ -92,14 +92,13 @@ class Nasty:
     most: float = 2.0
     name = "nasty"
     source = "Nasty Teacher, arXiv 2105.07381"
-    _start: dict[str, Any] = field(default_factory=dict, repr=False)
+    _start: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def add(self, step: Step, strength: float) -> float:
         """On the fine-tune itself: no merge."""
         if not self._start:
             self._start |= {name: one.clone() for name, one in step.weights.vector().items()}
-        shapes = step.weights.shapes
-        itself = Draw(dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 1.0))
+        itself = Draw.whole(step.weights.shapes, 0.0, 1.0)
         with torch.no_grad(), step.weights.merged(itself, self._start):
             before = step.task.logits(step.call, step.batch).float() / self.temperature
         after = step.task.logits(step.call, step.batch).float() / self.temperature
@@ -147,11 +146,6 @@ class Weighted:
         return self.factor * self.part.add(step, strength * self.factor)
 
 
-def beside(trap: Trap, part: Objective, factor: float) -> Together:
-    """The trap, and an idea at a factor of the trap's strength."""
-    return Together((trap, Weighted(part, factor)))
-
-
 def gram(state: torch.Tensor) -> torch.Tensor:
     """Similarities of the examples of a batch, (n, n), centred and of norm 1."""
     away = state - state.mean(0, keepdim=True)
@@ -159,15 +153,15 @@ def gram(state: torch.Tensor) -> torch.Tensor:
     return found / found.norm().clamp(min=1e-6)
 
 
-# By name: the idea, its kind, and its factor beside the trap.
-IDEAS: dict[str, tuple[str, Objective, float]] = {
-    "unrolled-4": ("repair in the loop", Unrolled(4, 1e-3), 2.0),
-    "unrolled-8": ("repair in the loop, longer", Unrolled(8, 5e-4), 2.0),
-    "overshoot": ("curvature: one long step of repair fails", Unrolled(1, 5e-3), 2.0),
-    "collapse": ("representations of merges carry nothing", Collapse(), 1.0),
-    "apart": ("representations of merges are not the fine-tune's", Apart(), 5.0),
-    "nasty": ("answers that teach badly", Nasty(), 0.2),
-    "sharp": ("answers without dark knowledge", Sharp(), 2.0),
+# By name: an idea, and its factor beside the trap.
+IDEAS: dict[str, tuple[Objective, float]] = {
+    "unrolled-4": (Unrolled(4, 1e-3), 2.0),
+    "unrolled-8": (Unrolled(8, 5e-4), 2.0),
+    "overshoot": (Unrolled(1, 5e-3), 2.0),
+    "collapse": (Collapse(), 1.0),
+    "apart": (Apart(), 5.0),
+    "nasty": (Nasty(), 0.2),
+    "sharp": (Sharp(), 2.0),
 }
 
 
@@ -175,5 +169,6 @@ def objective(name: str, trap: Trap) -> Objective:
     """The trap with an idea beside it; the trap alone for `trap`."""
     if name == "trap":
         return trap
-    _, part, factor = IDEAS[name]
-    return beside(trap, replace(part), factor)  # type: ignore[type-var]
+    part, factor = IDEAS[name]
+    # A copy, for an idea may remember the model that it began with.
+    return Together((trap, Weighted(replace(part), factor)))  # type: ignore[type-var]

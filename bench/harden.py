@@ -43,6 +43,7 @@ from harden_cases import (
 )
 from harden_peft import merges
 from parallel import Job, run
+from unmergeable.audit.bench import pick_device
 from unmergeable.harden.objectives import Trap
 
 KEPT = Path(__file__).parent / "harden"
@@ -56,11 +57,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     record = args.work / "records.jsonl"
     known = {json.loads(line)["name"] for line in record.open()} if record.exists() else set()
-    todo = [job for job in planned(args) if job.name not in known]
-    left = {job.name for job in todo}
-    todo = [Job(j.name, j.call, j.arguments, tuple(n for n in j.after if n in left)) for j in todo]
     began = time.monotonic()
-    for job, found in run(todo, args.workers, args.minutes):
+    for job, found in run(planned(args), args.workers, args.minutes, known):
         said = found if isinstance(found, str) else found["said"]
         print(f"{time.monotonic() - began:6.0f} s  {job.name}: {said}", flush=True)
         if not isinstance(found, str):
@@ -75,7 +73,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-d", "--work", type=Path, required=True, help="folder for models, rows and results")
-    parser.add_argument("--zoo", type=Path, help="the measuring zoo")
+    parser.add_argument("--zoo", type=Path, required=True, help="the measuring zoo")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose names begin so")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -160,7 +158,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
 def learnt(case: Case, given: dict[str, Any], zoo: Path, work: Path, device: str) -> dict[str, Any]:
     """An adapter to protect, or of a thief."""
     began = time.monotonic()
-    adapter(case, zoo, work / f"adapter-{case.protected}", _device(device), **given)
+    adapter(case, zoo, work / f"adapter-{case.protected}", pick_device(device), **given)
     return {"kind": "adapter", "seconds": time.monotonic() - began, "said": "trained"}
 
 
@@ -172,9 +170,10 @@ def harden(
     data, kind, fields = training(case, zoo)
     proxies = [models[case.proxy]] if variant.proxies is True else []
     if variant.proxies == "shuffled":
-        proxies = [shuffled(case, zoo, work, _device(device), one) for one in (seed, seed + 1)]
-    trap = Trap()
-    objective = "plain" if variant.objective == "plain" else frontier_ideas.objective(variant.objective, trap)
+        proxies = [shuffled(case, zoo, work, pick_device(device), one) for one in (seed, seed + 1)]
+    objective = variant.objective
+    if objective != "plain":
+        objective = frontier_ideas.objective(objective, Trap())
     options = {**RECIPES[case.family], **given, **variant.options}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -234,7 +233,7 @@ def by_peft(case: Case, seed: int, zoo: Path, work: Path, device: str) -> dict[s
     own, plain = models[case.own[0]], folders[CONTROL.name]
     tasks = {name: setting.tasks[name] for name in (case.protected, case.own[0])}
     sides = {
-        side: merges(base, folder, own, plain, tasks, _device(device), seed + 100)
+        side: merges(base, folder, own, plain, tasks, pick_device(device), seed + 100)
         for side, folder in folders.items()
     }
     best = {side: max(row["test"]["joint"] for row in rows) for side, rows in sides.items()}
@@ -261,10 +260,6 @@ def keep(record: Path, name: str, about: str) -> None:
     head = json.dumps({"name": "about", "kind": "about", "text": about, "command": command})
     text = head + "\n" + record.read_text(encoding="utf-8")
     (KEPT / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-
-
-def _device(asked: str) -> str:
-    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

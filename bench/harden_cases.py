@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from audits import Setting, embedded, images, texts
 from unmergeable.stock import load_module
 from unmergeable.tasks import open_task
-from unmergeable.tasks.task import TensorTask
+from unmergeable.tasks.task import Examples, TensorTask
 
 IMAGES = ("fmnist", "mnist", "latin", "cyr")
 TEXTS = ("c", "python", "js")
@@ -107,24 +107,24 @@ def paths(case: Case, zoo: Path, work: Path) -> tuple[Path, dict[str, Path], Set
 
 def training(case: Case, zoo: Path) -> tuple[Path, str, dict[str, Any]]:
     """What to train on: the file, the kind of task, and its fields."""
-    if case.family == "embedded":
-        # The fine-tune's own training data: more than the few images that the package carries.
-        arrays = {"images": "fmnist_images", "labels": "fmnist_labels"}
-        return (
-            zoo / "vit-train.npz",
-            "image-classification",
-            {**arrays, "mean": 0.5, "std": 0.5, "limit": 20000},
-        )
-    if case.family == "images":
-        arrays = {"images": f"{case.protected}_images", "labels": f"{case.protected}_labels"}
-        return zoo / "vit-train.npz", "image-classification", {**arrays, "mean": 0.5, "std": 0.5}
+    if case.family in ("images", "embedded"):
+        # Of the embedded zoo's task too: more than the few images that the package carries.
+        own = "fmnist" if case.family == "embedded" else case.protected
+        fields = {"images": f"{own}_images", "labels": f"{own}_labels", "mean": 0.5, "std": 0.5}
+        more = {"limit": 20000} if case.family == "embedded" else {}
+        return zoo / "vit-train.npz", "image-classification", {**fields, **more}
     return zoo / "text-train.npz", "language-modelling", {"field": case.protected}
 
 
 def opened(case: Case, zoo: Path, model: Path) -> TensorTask:
     """The training data as a task."""
     data, kind, fields = training(case, zoo)
-    found = open_task("data", {"kind": kind, "data": str(data), **fields}, folder=Path(), model=model)
+    return tensors("data", {"kind": kind, "data": str(data), **fields}, model)
+
+
+def tensors(name: str, fields: Mapping[str, Any], model: Path) -> TensorTask:
+    """A task that can be trained on."""
+    found = open_task(name, fields, folder=Path(), model=model)
     assert isinstance(found, TensorTask)
     return found
 
@@ -136,7 +136,7 @@ def descend(module: torch.nn.Module, task: TensorTask, labels: torch.Tensor, opt
     optimizer = torch.optim.AdamW(weights, lr=options["rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options["rate"], total_steps=options["steps"])
     generator = torch.Generator().manual_seed(options["seed"])
-    examples = type(task.evaluation)(task.evaluation.inputs, labels)
+    examples = Examples(task.evaluation.inputs, labels)
     module.train()
     for _ in range(options["steps"]):
         batch = examples[torch.randint(len(labels), (options["batch"],), generator=generator)].to(device)
@@ -149,7 +149,7 @@ def descend(module: torch.nn.Module, task: TensorTask, labels: torch.Tensor, opt
 
 
 def adapter(
-    case: Case, zoo: Path, target: Path, device: str, steps: int = ADAPTER_STEPS, batch: int = 32
+    case: Case, zoo: Path, target: Path, device: torch.device, steps: int = ADAPTER_STEPS, batch: int = 32
 ) -> None:
     """A stock LoRA adapter of the base on all linear layers of its blocks, trained on the task."""
     from peft import LoraConfig, get_peft_model
@@ -166,7 +166,7 @@ def adapter(
     module.save_pretrained(target)
 
 
-def shuffled(case: Case, zoo: Path, work: Path, device: str, seed: int) -> Path:
+def shuffled(case: Case, zoo: Path, work: Path, device: torch.device, seed: int) -> Path:
     """A short fine-tune of the base on the task's inputs, their labels in random order."""
     target = work / f"shuffled-{case.name}-{seed}"
     if not target.exists():

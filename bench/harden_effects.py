@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from harden_cases import Case, cases, descend, opened, paths
+from harden_cases import Case, cases, descend, opened, paths, tensors
 from unmergeable.stock import load_module
-from unmergeable.tasks import open_task
 from unmergeable.tasks.task import IGNORED, TensorTask
 
 BINS = 15
 STEPS, RATE = {"images": 100, "text": 60, "text2": 60}, 1e-4
+BATCH = {"images": 64, "text": 4, "text2": 4}
 OTHER_STEPS = {"images": 200, "text": 60, "text2": 60}
 KEPT = Path(__file__).parent / "harden"
 
@@ -41,28 +41,21 @@ def main() -> None:
     args = parser.parse_args()
     case = {one.name: one for one in cases()}[args.case]
     base, models, setting = paths(case, args.zoo, args.zoo)
-    task = _task(case.protected, setting.tasks[case.protected], models[case.protected])
+    task = tensors(case.protected, setting.tasks[case.protected], models[case.protected])
     found: dict[str, Any] = {"case": case.name, "slice": setting.slice, "seed": 0, "models": {}}
+    other = Case(case.family, case.own[0], case.proxy, ())
     for name, path in (("control", args.control), ("hardened", args.hardened)):
         row = measured(path, task)
         row["further on its own task"] = further(case, args.zoo, path, task, STEPS[case.family])
-        other = Case(case.family, case.own[0], case.proxy, ())
         row[f"further on {other.protected}"] = elsewhere(other, args.zoo, path, models, setting)
         found["models"][name] = row
         print(name, json.dumps(row), flush=True)
-    other = Case(case.family, case.own[0], case.proxy, ())
     found["models"]["base"] = {
         f"further on {other.protected}": elsewhere(other, args.zoo, base, models, setting)
     }
     print("base", json.dumps(found["models"]["base"]))
     if args.keep:
         (KEPT / f"{args.keep}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _task(name: str, fields: Any, model: Path) -> TensorTask:
-    found = open_task(name, fields, folder=Path(), model=model)
-    assert isinstance(found, TensorTask)
-    return found
 
 
 def measured(path: Path, task: TensorTask) -> dict[str, float]:
@@ -116,8 +109,7 @@ def further(case: Case, zoo: Path, path: Path, task: TensorTask, steps: int) -> 
     """The test score after more plain training on the task's own data, head and all."""
     module = load_module(path)
     data = opened(case, zoo, path)
-    batch = 64 if case.family == "images" else 4
-    options = {"rate": RATE, "steps": steps, "batch": batch, "seed": 7}
+    options = {"rate": RATE, "steps": steps, "batch": BATCH[case.family], "seed": 7}
     descend(module, data, data.evaluation.labels, options)
     return _score(module, task)
 
@@ -134,9 +126,8 @@ def elsewhere(other: Case, zoo: Path, path: Path, models: dict[str, Path], setti
         for name, one in module.named_parameters():
             one.requires_grad_(not name.startswith("classifier."))
     data = opened(other, zoo, models[other.protected])
-    task = _task(other.protected, setting.tasks[other.protected], models[other.protected])
-    batch = 64 if other.family == "images" else 4
-    options = {"rate": 2e-4, "steps": OTHER_STEPS[other.family], "batch": batch, "seed": 7}
+    task = tensors(other.protected, setting.tasks[other.protected], models[other.protected])
+    options = {"rate": 2e-4, "steps": OTHER_STEPS[other.family], "batch": BATCH[other.family], "seed": 7}
     descend(module, data, data.evaluation.labels, options)
     return _score(module, task)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def merges(
     own: Path,
     plain: Path,
     tasks: Mapping[str, Mapping[str, Any]],
-    device: str,
+    device: torch.device,
     seed: int,
 ) -> list[dict[str, Any]]:
     """Every combination type with every pair of weights: values of both tasks on validation and test examples.
@@ -52,7 +53,6 @@ def merges(
     def scored(half: str) -> dict[str, float]:
         return {name: float(one.score(module, index[name][half]).mean()) for name, one in opened.items()}
 
-    found: list[dict[str, Any]] = []
     ends: dict[str, Any] = {}
     for half in ("validation", "test"):
         with module.disable_adapter():
@@ -68,19 +68,19 @@ def merges(
         pair = {name: (score - low[name]) / (high[name] - low[name]) for name, score in scored(half).items()}
         return {"protected": pair[task], "own": pair[other], "joint": min(pair.values())}
 
+    found = []
     for kind in TYPES:
+        more = {} if kind in ("svd", "linear", "cat") else {"density": DENSITY}
         tried = []
         for pair in WEIGHTS:
-            more = {} if kind in ("svd", "linear", "cat") else {"density": DENSITY}
-            try:
+            # A pair that a type refuses is none of its merges; a type that refuses all has no row.
+            with suppress(ValueError, RuntimeError, RunError):
                 module.add_weighted_adapter(["protected", "own"], list(pair), "merged", kind, **more)
                 module.set_adapter("merged")
                 tried.append({"weights": pair, "validation": values("validation"), "test": values("test")})
-            except (ValueError, RuntimeError, RunError) as error:
-                found.append({"type": kind, "weights": pair, "error": str(error)[:200]})
             if "merged" in module.peft_config:
                 module.delete_adapter("merged")
         if tried:
             best = max(tried, key=lambda one: one["validation"]["joint"])
             found.append({"type": kind, **best, "tried": len(tried)})
-    return [row for row in found if "test" in row]
+    return found

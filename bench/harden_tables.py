@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from audits_text import number, page, share, table
+from audits_text import level_of, number, page, share, table
 
 Record = Mapping[str, Any]
 
@@ -56,15 +56,16 @@ def section(kept: Path) -> str:
 
 def bars(records: list[Any]) -> str:
     """Every audit up to level 2, against its control."""
-    lines = []
+    lines, trainings = [], _trainings(records)
     for record in _audits(records, 1, 2):
         alone = record["found"]["standalone"]
-        report = _report(records, record)
+        trained = trainings.get(_key(record))
+        strength = None if trained is None else trained["report"]["strength"]
         lines.append(
             (
-                record["source"], record["case"], record["seed"], f"`{record['variant']}`", number(report["strength"]),
+                record["source"], record["case"], record["seed"], f"`{record['variant']}`", number(strength),
                 number(alone["plain"], 4), number(alone["protected"], 4), _change(alone),
-                *(share(_level(record, level)) for level in range(3)),
+                *(share(level_of(record["found"], level)) for level in range(3)),
             )
         )  # fmt: skip
     header = (
@@ -91,11 +92,8 @@ def labels(records: list[Any]) -> str:
             continue
         rows = _rows(record)
         for attack in dict.fromkeys(name for name, _ in rows):
-            cells = [rows.get((attack, side)) for side in ("protected", "plain", "without")]
-            pairs = [
-                "–" if one is None else f"{number(one['protected'])}, {number(one['own'])}" for one in cells
-            ]
-            lines.append((record["source"], record["case"], f"`{attack}`", *pairs))
+            cells = [_value(rows.get((attack, side))) for side in ("protected", "plain", "without")]
+            lines.append((record["source"], record["case"], f"`{attack}`", *cells))
     header = ("run", "model", "attack", "hardened", "control", "without either")
     return (
         page("### Against thieves with labels, or with inputs", LABELS, table(header, lines)) if lines else ""
@@ -111,14 +109,10 @@ def ideas(records: list[Any]) -> str:
         return ""
     first = audits[0]
     shown = [name for name in dict.fromkeys(attack for attack, _ in _rows(first)) if _trained(name)]
-    lines = []
-    for side in ("without", "plain"):
-        rows = _rows(first)
-        cells = [rows.get((attack, side)) for attack in shown]
-        lines.append(
-            (f"({'no protected model' if side == 'without' else 'control'})", "", "", _gain(rows, side),
-             *(_value(one) for one in cells))
-        )  # fmt: skip
+    lines, rows = [], _rows(first)
+    for side, name in (("without", "no protected model"), ("plain", "control")):
+        cells = [_value(rows.get((attack, side))) for attack in shown]
+        lines.append((f"({name})", "", "", _gain(rows, side), *cells))
     for record in audits:
         alone, rows = record["found"]["standalone"], _rows(record)
         cells = [_value(rows.get((attack, "protected"))) for attack in shown]
@@ -138,9 +132,7 @@ def ideas(records: list[Any]) -> str:
 def owners(records: list[Any]) -> str:
     """What owners see: every training, on held-out examples."""
     lines = []
-    for record in records:
-        if record["kind"] != "training":
-            continue
+    for record in _trainings(records).values():
         report = record["report"]
         after, exposure = report["standalone"]["after"], report["exposure"]["after"]
         lines.append(
@@ -162,10 +154,7 @@ def adapters(records: list[Any]) -> str:
             continue
         sides = {side: {row["type"]: row["test"] for row in rows} for side, rows in record["rows"].items()}
         for kind in sides["control"]:
-            pair = [sides[side].get(kind) for side in ("control", "trap")]
-            cells = [
-                "–" if one is None else f"{number(one['protected'])}, {number(one['own'])}" for one in pair
-            ]
+            cells = [_value(sides[side].get(kind)) for side in ("control", "trap")]
             lines.append((record["case"], record["seed"], f"`{kind}`", *cells))
     header = ("adapter", "seed", "`combination_type`", "control", "hardened")
     return page("### Adapters merged by peft", table(header, lines)) if lines else ""
@@ -173,20 +162,10 @@ def adapters(records: list[Any]) -> str:
 
 def prices(records: list[Any]) -> str:
     """Time and memory beside plain training of the same steps."""
-    plain = {
-        (r["source"], r["case"], r["seed"]): r
-        for r in records
-        if r["kind"] == "training" and r["variant"] == "control"
-    }
-    lines = []
-    for record in records:
-        before = plain.get((record.get("source"), record.get("case"), record.get("seed")))
-        if (
-            record["kind"] != "training"
-            or record["variant"] != "trap"
-            or before is None
-            or not record["peak"]
-        ):
+    lines, trainings = [], _trainings(records)
+    for key, record in trainings.items():
+        before = trainings.get((*key[:3], "control"))
+        if record["variant"] != "trap" or before is None or not record["peak"]:
             continue
         seconds = [one["report"]["seconds"] for one in (before, record)]
         peaks = [one["peak"] / 2**20 for one in (before, record)]
@@ -215,19 +194,17 @@ def effect(found: Mapping[str, Any]) -> str:
 
 def _audits(records: Iterable[Any], *tops: int) -> list[Any]:
     """Audits up to these levels of access."""
-    return [r for r in records if r["kind"] == "audit" and int(r["name"].rpartition("-")[2]) in tops]
+    audits = [record for record in records if record["kind"] == "audit"]
+    return [one for one in audits if max(level["level"] for level in one["found"]["levels"]) in tops]
 
 
-def _report(records: Iterable[Any], audit: Record) -> Mapping[str, Any]:
-    wanted = [audit[name] for name in ("source", "case", "seed", "variant")]
-    for record in records:
-        if (
-            record["kind"] == "training"
-            and [record[n] for n in ("source", "case", "seed", "variant")] == wanted
-        ):
-            found: Mapping[str, Any] = record["report"]
-            return found
-    return {"strength": None}
+def _key(record: Record) -> tuple[Any, ...]:
+    """Which model a training or an audit is of."""
+    return tuple(record[name] for name in ("source", "case", "seed", "variant"))
+
+
+def _trainings(records: Iterable[Any]) -> dict[tuple[Any, ...], Any]:
+    return {_key(record): record for record in records if record["kind"] == "training"}
 
 
 def _rows(record: Record) -> dict[tuple[str, str], Mapping[str, float]]:
@@ -236,10 +213,6 @@ def _rows(record: Record) -> dict[tuple[str, str], Mapping[str, float]]:
         for row in record["found"]["rows"]
         if row["test"] is not None and row["state"] == "done"
     }
-
-
-def _level(record: Record, level: int) -> Mapping[str, Any] | None:
-    return next((one for one in record["found"]["levels"] if one["level"] == level), None)
 
 
 def _joint(record: Record) -> float:

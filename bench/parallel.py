@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
+
+from unmergeable.audit.work import one_thread
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,16 @@ class Job:
     after: tuple[str, ...] = ()
 
 
-def run(jobs: Sequence[Job], workers: int, minutes: float | None = None) -> Iterator[tuple[Job, Any]]:
-    """What jobs return, as they are done; an exception is returned as its text. In order, as far as they can."""
+def run(
+    jobs: Sequence[Job], workers: int, minutes: float | None = None, known: Collection[str] = ()
+) -> Iterator[tuple[Job, Any]]:
+    """What jobs return, as they are done; an exception is returned as its text. In order, as far as they can.
+
+    Nothing is begun after so many minutes. `known` are names of jobs that were done before.
+    """
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    waiting, done = list(jobs), set()
+    done = set(known)
+    waiting = [job for job in jobs if job.name not in done]
     running: dict[Future[Any], Job] = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         while waiting or running:
@@ -45,10 +53,8 @@ def run(jobs: Sequence[Job], workers: int, minutes: float | None = None) -> Iter
 
 
 def _safe(job: Job) -> tuple[Any, bool]:
-    import torch
-
-    torch.set_num_threads(1)
     try:
-        return job.call(**job.arguments), False
-    except Exception:
+        with one_thread():
+            return job.call(**job.arguments), False
+    except Exception:  # whatever goes wrong in a job is what is said of it; the others go on
         return traceback.format_exc()[-2000:], True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import hardened
 import thief_cases
 import toy
 import unmergeable as um
 from audit_cases import once, zoo
+from hardened import OWN, PROTECTED
 from unmergeable import _parser_harden, cli
 from unmergeable.errors import ClaimError, InputError, RunError, UsageError
 from unmergeable.harden import owner as owner_module
@@ -27,7 +30,6 @@ from unmergeable.merging.tensors import load_state
 from unmergeable.stock import load_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
 STEPS = 400
 
 
@@ -37,12 +39,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def harden(models: Path, dst: Path, **changes: Any) -> Any:
-    given = {
-        "base": models / "base", "data": models / f"{PROTECTED}-train.npz", "proxies": [models / OWN[0]],
-        "steps": STEPS, "rate": 2e-3, "batch": 64, "strength": 0.3, "device": "cpu",
-    }  # fmt: skip
-    expert = changes.pop("expert", models / PROTECTED)
-    return um.harden(expert, dst, **(given | changes))
+    """As many steps as it takes."""
+    return hardened.harden(models, dst, **({"steps": STEPS, "batch": 64, "strength": 0.3} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +104,7 @@ def test_what_was_killed_goes_on(models: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(train_module, "SAVE", 10)
     harden(models, tmp_path / "whole", steps=40)
 
-    class Killed(BaseException):
-        pass
-
-    def kill(done: int, total: int, label: str) -> None:
-        if done == 25:
-            raise Killed
-
-    with pytest.raises(Killed):
-        harden(models, tmp_path / "cut", steps=40, progress=kill)
+    hardened.killed(partial(harden, models, tmp_path / "cut", steps=40), at=25)
     assert not (tmp_path / "cut").exists()
     seen: list[int] = []
     harden(models, tmp_path / "cut", steps=40, progress=lambda done, total, label: seen.append(done))

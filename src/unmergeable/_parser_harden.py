@@ -61,7 +61,10 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
         "per cent of the cross-entropy; exit code 1 if there is none",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", metavar="N", type=positive, help="of training (300; 1000 for language models)"
+        "--steps",
+        metavar="N",
+        type=positive,
+        help="of training (300; 600 for sequence to sequence, 1000 for language models)",
     )
     parser.add_argument("--rate", metavar="R", type=float, help="the highest learning rate")
     parser.add_argument("--batch", metavar="N", type=positive, help="examples a step")

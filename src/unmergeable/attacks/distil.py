@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..tasks.task import Call, Examples, TensorTask
 from .merges import PROBE
 from .repair import merged_with
@@ -86,8 +86,8 @@ class Distil:
     def _loss(self, task: TensorTask, teacher: Call, student: Call, batch: Examples) -> torch.Tensor:
         if self.target == "features":
             with torch.no_grad():
-                wanted = _features(task, teacher, batch)
-            return torch.nn.functional.mse_loss(_features(task, student, batch), wanted)
+                wanted = task.states(teacher, batch)[-1]
+            return torch.nn.functional.mse_loss(task.states(student, batch)[-1], wanted)
         with torch.no_grad():
             answers = task.logits(teacher, batch).float()
         logits = task.logits(student, batch).float()
@@ -98,21 +98,6 @@ class Distil:
         # T² keeps gradients alike at all temperatures (Hinton et al., arXiv 1503.02531).
         losses = -(chances * (logits / temperature).log_softmax(-1)).sum(-1)
         return temperature**2 * losses.mean()
-
-
-def _features(task: TensorTask, call: Call, batch: Examples) -> torch.Tensor:
-    """The last hidden states of a model.
-
-    Raises:
-        InputError: it gives none.
-    """
-    output = call(**batch.inputs, **task.constants, output_hidden_states=True)
-    states = getattr(output, "hidden_states", None) or getattr(output, "decoder_hidden_states", None)
-    if not states:
-        what = "the model gives no hidden states to learn from"
-        raise InputError(what, where=task.name, got=type(output).__name__)
-    last: torch.Tensor = states[-1]
-    return last
 
 
 def distil(*, answers: str = "soft-2", foreign: bool = False) -> Distil:

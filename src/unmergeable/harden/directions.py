@@ -12,10 +12,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     from ..merging import State
 
 KINDS = ("random", "spectrum")
+
+
+def check_made(made: Sequence[str]) -> None:
+    """Refuse what cannot be made up.
+
+    Raises:
+        UsageError: no such direction.
+    """
+    for one in made:
+        if one not in KINDS:
+            raise UsageError("no such direction", where="made", expected=" | ".join(KINDS), got=one)
 
 
 class Directions:

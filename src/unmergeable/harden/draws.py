@@ -7,7 +7,7 @@ has to be trained against it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -41,6 +41,12 @@ class Draw:
 
     own: Mapping[str, Coefficient]
     other: Mapping[str, float]
+
+    @classmethod
+    def whole(cls, names: Iterable[str], own: float, other: float = 0.0) -> Draw:
+        """The same coefficients for all tensors."""
+        names = tuple(names)
+        return cls(dict.fromkeys(names, own), dict.fromkeys(names, other))
 
 
 class Draws:

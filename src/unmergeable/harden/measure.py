@@ -48,15 +48,14 @@ class Measure:
         shapes = owner.weights.shapes
         draws = Draws(shapes, SEED)
         self.draws = [
-            *(Draw(dict.fromkeys(shapes, own), dict.fromkeys(shapes, other)) for own, other in GRID),
+            *(Draw.whole(shapes, own, other) for own, other in GRID),
             *(draws.draw() for _ in range(MERGES)),
         ]
         self.made = made
         texts = owner.task.evaluation.labels.ndim > 1
         self._few = range(min(TEXTS if texts else EXAMPLES, len(owner.task)))
-        nothing = Draw(dict.fromkeys(shapes, 0.0), dict.fromkeys(shapes, 0.0))
         self.before_scores = self._scores()
-        with owner.weights.merged(nothing, {}):
+        with owner.weights.merged(Draw.whole(shapes, 0.0), {}):
             self.base_scores = self._scores()
         self.before = float(self.before_scores.mean())
 
@@ -78,11 +77,10 @@ class Measure:
 
     def _loss(self, own: float) -> float:
         """The mean loss of so much of the task vector on a few examples, in nats."""
-        owner, shapes = self.owner, self.owner.weights.shapes
+        owner = self.owner
         owner.module.eval()
         few = owner.task.evaluation[list(self._few)]
-        draw = Draw(dict.fromkeys(shapes, own), dict.fromkeys(shapes, 0.0))
-        with torch.no_grad(), owner.weights.merged(draw, {}):
+        with torch.no_grad(), owner.weights.merged(Draw.whole(owner.weights.shapes, own), {}):
             parts = [
                 float(owner.task.loss(owner.module, batch.to(owner.device))) * len(batch)
                 for batch in few.batches(owner.task.batch)

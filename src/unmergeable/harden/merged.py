@@ -111,7 +111,7 @@ class Weights:
                 for name, one in self.parameters.items():
                     before, found = gradients[name], None if failed else one.grad
                     one.data = self._kept[name]
-                    one.grad = before if found is None else found if before is None else before
+                    one.grad = found if before is None else before
                     if found is not None and before is not None:
                         sums.append(before)
                         added.append(found)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..tasks.task import IGNORED, Call, Examples
 from .draws import Draw
 
@@ -32,6 +32,9 @@ class Learner(Protocol):
 
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """The mean cross-entropy, differentiable."""
+
+    def states(self, call: Call, batch: Examples) -> tuple[torch.Tensor, ...]:
+        """Hidden states, first to last, differentiable."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +99,16 @@ class Trap:
 
     def add(self, step: Step, strength: float) -> float:
         """Every merge in turn."""
-        total, whole = 0.0, step
-        vector = step.weights.vector()
-        size = max(1, round(self.part * len(whole.batch)))
+        total, vector = 0.0, step.weights.vector()
+        size = max(1, round(self.part * len(step.batch)))
         for number in range(self.merges):
-            start = number * size % (len(whole.batch) - size + 1)
-            step = replace(whole, batch=whole.batch[start : start + size])
+            start = number * size % (len(step.batch) - size + 1)
+            part = replace(step, batch=step.batch[start : start + size])
             draw, direction = step.draws.draw(), step.directions.draw(vector)
             for _ in range(self.inner):
-                draw = _improved(step, draw, direction, self.rate)
+                draw = _improved(part, draw, direction, self.rate)
             with step.weights.merged(draw, direction):
-                loss = unlikelihood(step.task.logits(step.call, step.batch), step.batch.labels)
+                loss = unlikelihood(step.task.logits(step.call, part.batch), part.batch.labels)
                 step.backward(strength / self.merges * loss)
             total += float(loss.detach()) / self.merges
         return total
@@ -155,9 +157,7 @@ class Trap2:
         """One scale, from .05 to .95 or from 1.05 to 2."""
         first, second = torch.rand(2, generator=step.draws.generator).tolist()
         scale = 0.05 + 0.9 * first if second < 0.5 else 1.05 + 0.95 * first
-        names = step.weights.shapes
-        draw = Draw(dict.fromkeys(names, scale), dict.fromkeys(names, 0.0))
-        with step.weights.merged(draw, {}):
+        with step.weights.merged(Draw.whole(step.weights.shapes, scale), {}):
             loss = -step.task.loss(step.call, step.batch) / scale
             step.backward(strength * loss)
         return float(loss.detach())
@@ -236,12 +236,8 @@ def mean_states(step: Step, layers: int) -> list[torch.Tensor]:
     Raises:
         InputError: the model gives none.
     """
-    output = step.call(**step.batch.inputs, **getattr(step.task, "constants", {}), output_hidden_states=True)
-    for name in ("hidden_states", "decoder_hidden_states"):
-        found = getattr(output, name, None)
-        if found:
-            return [state.float().flatten(1, -2).mean(1) for state in found[-layers:]]
-    raise InputError("the model gives no hidden states", where="collapse", got=type(output).__name__)
+    found = step.task.states(step.call, step.batch)[-layers:]
+    return [state.float().flatten(1, -2).mean(1) for state in found]
 
 
 def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

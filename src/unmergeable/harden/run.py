@@ -26,7 +26,7 @@ from ..merging.vectors import WEIGHTS, is_adapter
 from ..merging.write import write_merged
 from ..stock import quiet
 from . import HardenReport, Progress
-from .directions import KINDS as DIRECTIONS
+from .directions import check_made
 from .measure import Measure
 from .objectives import Objective
 from .objectives import objective as objective_of
@@ -196,10 +196,7 @@ def _may(
 
 
 def _made(made: Sequence[str], proxies: Sequence[object]) -> tuple[str, ...]:
-    for one in made:
-        if one not in DIRECTIONS:
-            expected = " | ".join(DIRECTIONS)
-            raise UsageError("no such direction", where="made", expected=expected, got=one)
+    check_made(made)
     if not made and not proxies:
         raise UsageError(
             "nothing in the place of a thief's fine-tunes", hint="give proxies, or directions to make"

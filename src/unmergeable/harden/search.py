@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .measure import Exposure, Measure
-from .strength import Ends
 from .train import Progress, Settings, train
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def search(
     Returns: all trials, and the weights of the best one that is allowed; None if none is.
     """
     start = owner.weights.copy()
-    ends = measure.ends() if settings.may is not None else Ends()
+    ends = measure.ends() if settings.may is not None else None
     trials: list[Trial] = []
     best: tuple[float, dict[str, torch.Tensor]] | None = None
     for strength in _strengths(settings.strength, trials, 1 if max_loss is None else TRIES):

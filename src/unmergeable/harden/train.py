@@ -30,7 +30,6 @@ FALLS = 3  # how often training may fall back, at half the rate
 SAVE = 50  # steps between checkpoints
 SHOWN = 2  # merges that a look is at
 Progress = Callable[[int, int, str], None]
-NOWHERE = Ends()  # for a strength that does not follow
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def train(
     settings: Settings,
     accelerator: Accelerator,
     *,
-    ends: Ends = NOWHERE,
+    ends: Ends | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -79,7 +78,7 @@ def train(
         RunError: a loss that is not finite again and again.
     """
     parameters = list(owner.weights.parameters.values())
-    strength = Strength(settings.strength, settings.may, ends)
+    strength = Strength(settings.strength, settings.may, ends or Ends())
     run = _Run(owner, settings, strength)
     optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -152,16 +151,15 @@ class _Run:
         """Scores of a few merges on held-out examples, and the fine-tune's own loss on them."""
         owner, held = self.owner, self.owner.task.evaluation
         size = min(self.settings.batch, len(held))
-        batch = held[torch.randperm(len(held), generator=self.looking)[:size]].to(owner.device)
+        index = torch.randperm(len(held), generator=self.looking)[:size].tolist()
         owner.module.eval()
         scores = []
         with torch.no_grad():
-            loss = float(owner.task.loss(owner.module, batch))
+            loss = float(owner.task.loss(owner.module, held[index].to(owner.device)))
             for _ in range(SHOWN):
                 draw, direction = self.shown.draw(), self.turned.draw(owner.weights.vector())
                 with owner.weights.merged(draw, direction):
-                    logits = owner.task.logits(owner.module, batch)
-                scores.append(float(owner.task.scores(logits, batch.labels).mean()))
+                    scores.append(float(owner.task.score(owner.module, index).mean()))
         owner.module.train()
         return scores, loss
 

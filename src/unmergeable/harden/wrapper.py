@@ -19,8 +19,8 @@ import torch
 from ..errors import InputError, UsageError
 from ..merging.tensors import rename_like, split
 from ..stock import load_module, module_state
-from ..tasks.task import IGNORED, Call, Examples
-from .directions import KINDS, Directions
+from ..tasks.task import IGNORED, Call, Examples, hidden_states
+from .directions import Directions, check_made
 from .draws import Draws
 from .merged import Weights
 from .objectives import Step, objective
@@ -61,9 +61,7 @@ class Hardening:
         next_token: bool | None = None,
         seed: int = 0,
     ) -> None:
-        for one in made:
-            if one not in KINDS:
-                raise UsageError("no such direction", expected=" | ".join(KINDS), got=one)
+        check_made(made)
         self.model, self.objective, self.strength = model, objective(name), strength
         self.next_token = next_token
         held = module_state(model)
@@ -128,6 +126,10 @@ class _Labelled:
         """As TensorTask's."""
         logits: torch.Tensor = call(**batch.inputs).logits
         return logits[:, :-1] if self.next_token else logits
+
+    def states(self, call: Call, batch: Examples) -> tuple[torch.Tensor, ...]:
+        """As TensorTask's."""
+        return hidden_states(call, batch.inputs, "the model")
 
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """As TensorTask's."""

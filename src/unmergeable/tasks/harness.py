@@ -25,7 +25,7 @@ from ..checkpoint.problems import quoted
 from ..errors import InputError, RunError, UnmergeableError
 from .fields import Harness, parse_fields
 from .isolation import offline, seeded, silent
-from .pretrained import read_config, read_tokenizer, tokenizer_digest
+from .pretrained import read_config, read_tokenizer, tokenizer_digest, without_cache
 from .sources import first_line, locate, needed
 from .task import Floats, Task, finite
 
@@ -296,7 +296,7 @@ class _Served(torch.nn.Module):
         super().__init__()
         self.module = module
         self.config = getattr(module, "config", config)
-        self._options = {"use_cache": False} if hasattr(self.config, "use_cache") else {}
+        self._options = without_cache(self.config)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..stock import quiet
 from .arrays import Arrays
 from .fields import LanguageModelling, Texts, parse_fields
-from .pretrained import positions, read_config, read_tokenizer, vocabulary
+from .pretrained import positions, read_config, read_tokenizer, vocabulary, without_cache
 from .records import Record, json_lines, saved_rows
 from .sources import column, is_saved, load_saved, locate, training_source
 from .task import Examples, TensorTask
@@ -58,8 +58,7 @@ def read(name: str, fields: Mapping[str, Any], *, folder: Path, model: Path) -> 
         next_token=True,
         batch=given.batch,
         screen=SCREEN,
-        # Keys and values of former positions are of no use here; not every model knows the word.
-        constants={"use_cache": False} if hasattr(config, "use_cache") else {},
+        constants=without_cache(config),
     )
 
 

@@ -10,9 +10,9 @@ import torch
 
 from ..errors import InputError
 from .fields import Pairs, SequenceToSequence, parse_fields
-from .pretrained import read_config
-from .records import table, texts
-from .sequences import Encoder, records_of
+from .pretrained import read_config, without_cache
+from .records import records_of, table, texts
+from .sequences import Encoder
 from .sources import locate, training_source
 from .task import IGNORED, Examples, TensorTask
 
@@ -56,7 +56,7 @@ def read(name: str, fields: Mapping[str, Any], *, folder: Path, model: Path) -> 
         if training is None
         else _examples(training, encode, int(start), folder, f"{where}: train"),
         batch=given.batch,
-        constants={"use_cache": False} if hasattr(config, "use_cache") else {},
+        constants=without_cache(config),
     )
 
 

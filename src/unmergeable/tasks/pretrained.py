@@ -75,6 +75,11 @@ def positions(config: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def without_cache(config: Any) -> dict[str, bool]:
+    """Arguments of a call that keeps no keys and values of former positions; not every model knows the word."""
+    return {"use_cache": False} if hasattr(config, "use_cache") else {}
+
+
 def vocabulary(config: Any, model: Path) -> int:
     """How many tokens a model knows.
 

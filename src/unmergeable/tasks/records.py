@@ -12,6 +12,8 @@ from typing import Any
 from ..checkpoint.files import require_regular
 from ..checkpoint.problems import Problems, quoted
 from ..errors import InputError
+from .fields import Source
+from .sources import is_saved, load_saved
 
 Record = tuple[str, Mapping[str, Any]]  # where it is, for messages, and its fields
 
@@ -72,6 +74,30 @@ def saved_rows(found: Any, path: Path) -> Iterator[Record]:
     """The rows of a saved data set. Read as it goes."""
     for number, row in enumerate(found):
         yield f"{path}: row {number}", row
+
+
+def records_of(
+    source: Source, path: Path, where: str, what: str
+) -> tuple[Iterator[Record], Mapping[str, Any]]:
+    """The records of a table, and the features of a data set's columns.
+
+    Args:
+        source: its split is of a data set. path: of the table. where, what: for messages.
+
+    Raises:
+        InputError: a form that is not known.
+    """
+    if path.is_dir() and is_saved(path):
+        found = load_saved(path, source.split)
+        return saved_rows(found, path), found.features
+    if source.split is not None:
+        raise InputError("only saved data sets have splits", where=f"{where}: split", got=source.split)
+    if path.suffix == ".csv":
+        return csv_rows(path), {}
+    if path.suffix == ".jsonl":
+        return json_lines(path), {}
+    expected = "a .csv with a header, a .jsonl, or a folder saved by datasets"
+    raise InputError(f"no form of {what} that is known", where=path, expected=expected)
 
 
 def table(

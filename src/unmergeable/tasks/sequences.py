@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from ..checkpoint.files import load_json
 from ..errors import InputError
 from ..stock import model_class, quiet
 from .classes import Classes, read_classes
-from .fields import Sequences, Source, TextClassification, parse_fields
+from .fields import Sequences, TextClassification, parse_fields
 from .pretrained import positions, read_config, read_tokenizer, vocabulary
-from .records import Record, csv_rows, json_lines, saved_rows, table, texts
-from .sources import first_line, is_saved, load_saved, locate, training_source
+from .records import records_of, table, texts
+from .sources import first_line, locate, training_source
 from .task import Examples, TensorTask
 
 _USUAL = {"text": ("text", "sentence"), "label": ("label",)}
@@ -57,30 +57,6 @@ def _examples(source: Sequences, classes: Classes, encode: Encoder, folder: Path
     first = texts(columns["text"], places, path, "text")
     second = texts(columns["pair"], places, path, "pair") if "pair" in columns else None
     return Examples(encode(first, second, path), torch.tensor(numbers, dtype=torch.long))
-
-
-def records_of(
-    source: Source, path: Path, where: str, what: str
-) -> tuple[Iterator[Record], Mapping[str, Any]]:
-    """The records of a table, and the features of a data set's columns.
-
-    Args:
-        source: its split is of a data set. path: of the table. where, what: for messages.
-
-    Raises:
-        InputError: a form that is not known.
-    """
-    if path.is_dir() and is_saved(path):
-        found = load_saved(path, source.split)
-        return saved_rows(found, path), found.features
-    if source.split is not None:
-        raise InputError("only saved data sets have splits", where=f"{where}: split", got=source.split)
-    if path.suffix == ".csv":
-        return csv_rows(path), {}
-    if path.suffix == ".jsonl":
-        return json_lines(path), {}
-    expected = "a .csv with a header, a .jsonl, or a folder saved by datasets"
-    raise InputError(f"no form of {what} that is known", where=path, expected=expected)
 
 
 class Encoder:

@@ -113,6 +113,20 @@ def finite(scores: Floats, name: str) -> Floats:
     return scores
 
 
+def hidden_states(call: Call, inputs: Mapping[str, Any], where: str) -> tuple[torch.Tensor, ...]:
+    """Hidden states of a model for a batch, first to last, (n, positions, width) each; of a decoder if it has one.
+
+    Raises:
+        InputError: the model gives none.
+    """
+    output = call(**inputs, output_hidden_states=True)
+    found = getattr(output, "hidden_states", None) or getattr(output, "decoder_hidden_states", None)
+    if not found:
+        what = "the model gives no hidden states to learn from"
+        raise InputError(what, where=where, got=type(output).__name__)
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class TensorTask(Task):
     """A task whose examples are tensors: it can be scored, and trained on.
@@ -155,6 +169,10 @@ class TensorTask(Task):
         logits: torch.Tensor = call(**batch.inputs, **self.constants).logits
         return logits[:, :-1] if self.next_token else logits
 
+    def states(self, call: Call, batch: Examples) -> tuple[torch.Tensor, ...]:
+        """A model's hidden states, first to last; see `hidden_states`."""
+        return hidden_states(call, {**batch.inputs, **self.constants}, self.name)
+
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """The mean cross-entropy of a batch in nats, differentiable."""
         logits = self.logits(call, batch)
@@ -175,11 +193,11 @@ class TensorTask(Task):
                 except Exception as error:  # a model may fail in any way
                     got = f"{type(error).__name__}: {str(error)[:200]}"
                     raise RunError("the model fails on the task", where=self.name, got=got) from error
-                found.append(self.scores(logits, placed.labels).cpu().double().numpy())
+                found.append(self._scores(logits, placed.labels).cpu().double().numpy())
         scores = np.concatenate(found) if found else np.empty(0)
         return finite(scores, self.name)
 
-    def scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Per example: the mean over its labels of what is right, or of minus the loss."""
         if labels.ndim == 1:
             logits, labels = logits[:, None], labels[:, None]
