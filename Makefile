@@ -22,11 +22,12 @@ endif
 demo: $(STAMP)
 	$(BIN)/unmergeable demo -o demo
 
+# One thread each: two processes on two cores, whose threads would only wait for each other.
 test: lint
-	$(BIN)/pytest -n 2 -m "not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not browser"
 
 test-all: lint $(VENV)/.browser
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check
