@@ -166,9 +166,7 @@ IDEAS: dict[str, tuple[Objective, float]] = {
 
 
 def objective(name: str, trap: Trap) -> Objective:
-    """The trap with an idea beside it; the trap alone for `trap`."""
-    if name == "trap":
-        return trap
+    """The trap with an idea beside it."""
     part, factor = IDEAS[name]
     # A copy, for an idea may remember the model that it began with.
     return Together((trap, Weighted(replace(part), factor)))  # type: ignore[type-var]

@@ -5,7 +5,7 @@
     python bench/harden.py -d WORK --zoo PATH --only text-c --steps 300 --batch 8    # a reduced recipe, on two cores
 
 Groups: `bars`, each task protected in turn, against a control that is trained plainly for the same steps on the same
-data, which is the audit's unprotected model; `strengths`, other strengths of the same; `directions`, without another
+data, which is the audit's unprotected model; `strengths`, fixed strengths of the trap; `directions`, without another
 fine-tune of the owner's, or with it alone; `ideas`, those of bench/frontier_ideas.py against labels and distillation;
 `peft`, merges of adapters by peft's own methods. One of the other fine-tunes is the owner's stand-in, the rest are the
 thief's. The weights that are judged are read again from disk. With --keep, what was found is kept in bench/harden;
@@ -28,6 +28,7 @@ import frontier_ideas
 import unmergeable as um
 from harden_cases import (
     ATTACKS,
+    BARS,
     CONTROL,
     DIRECTIONS,
     RECIPES,
@@ -44,11 +45,11 @@ from harden_cases import (
 from harden_peft import merges
 from parallel import Job, run
 from unmergeable.audit.bench import pick_device
-from unmergeable.harden.objectives import Trap
+from unmergeable.harden.objectives import Objective, Trap
 
 KEPT = Path(__file__).parent / "harden"
 GROUPS = ("bars", "strengths", "directions", "ideas", "peft")
-STRENGTHS = (0.5, 2.0)  # times a recipe's
+STRENGTHS = (0.08, 0.3, 1.0)
 IDEAS_ON = ("embedded-fashion",)
 
 
@@ -79,6 +80,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="a recipe's, if not given")
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--strength", type=float, help="fixed; else it follows what simulated merges keep")
+    parser.add_argument(
+        "--ways", nargs="+", default=[one.name for one in BARS], help="of the bars, only these"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--workers", type=int, default=2, help="processes; each has one thread")
@@ -99,7 +104,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
     place = {"zoo": args.zoo, "work": args.work, "device": args.device}
     chosen = [case for case in cases() if case.name.startswith(tuple(args.only))]
     reduced = {name: getattr(args, name) for name in ("steps", "batch") if getattr(args, name)}
-    given = {**reduced, "precision": args.precision}
+    given = {**reduced, "precision": args.precision, "strength": args.strength}
     found: dict[str, tuple[float, Job]] = {}
 
     def plan(rank: float, job: Job) -> str:
@@ -130,7 +135,8 @@ def planned(args: argparse.Namespace) -> list[Job]:
             rank = 1 + seed + (2.5 if case.family == "lora" and seed != args.seeds[0] else 0)
             first, shown = seed == args.seeds[0], case.protected in ("fmnist", "c") and case.family != "lora"
             if "bars" in args.groups:
-                judge(rank, case, TRAP, seed, args.attacks, args.top)
+                for way in (one for one in BARS if one.name in args.ways):
+                    judge(rank, case, way, seed, args.attacks, args.top)
             if "peft" in args.groups and case.family == "lora":
                 sides = (train(rank, case, CONTROL, seed), train(rank, case, TRAP, seed))
                 plan(
@@ -145,8 +151,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
                 for variant in DIRECTIONS:
                     judge(4, case, variant, seed, args.attacks, args.top)
             if "strengths" in args.groups and first and shown:
-                for factor in STRENGTHS:
-                    strength = factor * RECIPES[case.family]["strength"]
+                for strength in STRENGTHS:
                     variant = Variant(f"strength-{strength:g}", options={"strength": strength})
                     judge(5, case, variant, seed, args.attacks, args.top)
     return [job for _, job in sorted(found.values(), key=lambda one: one[0])]
@@ -171,9 +176,9 @@ def harden(
     proxies = [models[case.proxy]] if variant.proxies is True else []
     if variant.proxies == "shuffled":
         proxies = [shuffled(case, zoo, work, pick_device(device), one) for one in (seed, seed + 1)]
-    objective = variant.objective
-    if objective != "plain":
-        objective = frontier_ideas.objective(objective, Trap())
+    objective: str | Objective = variant.objective
+    if objective in frontier_ideas.IDEAS:
+        objective = frontier_ideas.objective(variant.objective, Trap())
     options = {**RECIPES[case.family], **given, **variant.options}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -18,13 +18,13 @@ IMAGES = ("fmnist", "mnist", "latin", "cyr")
 TEXTS = ("c", "python", "js")
 EMBEDDED = ("fashion", "digits", "latin", "cyrillic")
 FAMILIES = {"text": "llama", "text2": "gpt2", "lora": "llama"}
-# Fixed before these trainings, after a few on `fmnist` and `c` with other strengths, by their held-out scores.
+# The strength follows what simulated merges keep, unless --strength fixes it: what takes `fmnist` away leaves `cyr`.
 RECIPES: dict[str, dict[str, Any]] = {
-    "embedded": {"strength": 0.2, "steps": 300, "batch": 64, "rate": 3e-4},
-    "images": {"strength": 0.08, "steps": 600, "batch": 128, "rate": 2e-4},
-    "text": {"strength": 0.08, "steps": 600, "batch": 32, "rate": 5e-4},
-    "text2": {"strength": 0.08, "steps": 600, "batch": 32, "rate": 5e-4},
-    "lora": {"strength": 0.2, "steps": 600, "batch": 32, "rate": 2e-3},
+    "embedded": {"steps": 300, "batch": 64, "rate": 3e-4},
+    "images": {"steps": 600, "batch": 128, "rate": 2e-4},
+    "text": {"steps": 600, "batch": 32, "rate": 5e-4},
+    "text2": {"steps": 600, "batch": 32, "rate": 5e-4},
+    "lora": {"steps": 600, "batch": 32, "rate": 2e-3},
 }
 # What an audit runs: off the shelf, anchored, block substitution, wide merges; coefficients without labels.
 ATTACKS = (
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of hardening: `control`, `trap`, an idea of bench/frontier_ideas.py, or other directions.
+    """A way of hardening: `control`, an objective, an idea of bench/frontier_ideas.py, or other directions.
 
     options: of `um.harden`, over the family's recipe. proxies: False leaves the owner without another fine-tune;
     "shuffled" gives him short fine-tunes of the base on labels in random order.
@@ -70,6 +70,7 @@ class Variant:
 
 
 CONTROL, TRAP = Variant("control", "plain"), Variant("trap")
+BARS = (TRAP, Variant("trap+collapse", "trap+collapse"))
 DIRECTIONS = (
     Variant("no-proxy-random", proxies=False),
     Variant("no-proxy-spectrum", options={"made": ["spectrum"]}, proxies=False),
