@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from unmergeable.errors import InputError
 from unmergeable.fields import DERIVED, INERT, INERT_ROTARY, LAYER_INDICES, PER_LAYER, ROTARY_KINDS, SIZES
 
 Config = dict[str, Any]
@@ -67,10 +68,14 @@ def canonical_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
     Old spellings are renamed only where `class_defaults` saw the class itself accept them. Where an old and
     a new name disagree both are kept: such a file matches no specification and is proven afresh.
+    Of a size they may not.
 
     Args:
         config: the file's content; it is not changed.
         defaults: from `class_defaults`; an empty mapping leaves the file as it is but for its own spelling.
+
+    Raises:
+        InputError: two spellings of one size that disagree.
     """
     known = defaults.get(CLASS, {})
     given = {name: copy.deepcopy(value) for name, value in config.items() if name != CLASS}
@@ -174,6 +179,14 @@ def _rename(fields: Config, old: str, new: str) -> None:
         fields[new] = fields.pop(old)
     elif fields[old] is None:
         del fields[old]
+    elif old in SIZES or new in SIZES:
+        raise InputError(
+            "two spellings of one field disagree",
+            where="config.json",
+            expected=f"{old} = {new}",
+            got=f"{fields[old]!r} and {fields[new]!r}",
+            hint="remove the one that the class does not read",
+        )
 
 
 def _canonical_rotary(fields: Config, known: Mapping[str, Any]) -> None:

@@ -100,6 +100,7 @@ def match_spec(
     )
     if whole:
         problems += _leftovers(spec, known, parts)
+        problems += _gaps(spec, known, config)
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise InputError(
@@ -199,6 +200,36 @@ def _leftovers(spec: Spec, shapes: Shapes, parts: Mapping[str, object]) -> list[
         and not any(regex.search(name) for regex in dropped)
     ]
     return [f"unexpected {name} of shape {list(shapes[name])}" for name in left]
+
+
+def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
+    """Layers that are not there: of every stack all numbers from 0, and as many as the config says somewhere."""
+    stacks = {
+        slot.tensor.partition("{l}")[0] for site in spec.sites for slot in site.slots if "{l}" in slot.tensor
+    }
+    dropped = [re.compile(pattern) for pattern in spec.ignored]
+    counts, found = _numbers(config), []
+    for stack in sorted(stacks):
+        start = re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(stack)) + r"(\d+)\.")
+        names = (name for name in shapes if not any(regex.search(name) for regex in dropped))
+        layers = {int(bound.group(1)) for bound in map(start.match, names) if bound}
+        gone = sorted(set(range(max(layers, default=-1) + 1)) - layers)
+        if gone:
+            found.append(
+                f"no tensor of {stack}{gone[0]}" + (f" and {len(gone) - 1} more layers" if gone[1:] else "")
+            )
+        elif layers and counts and len(layers) not in counts:
+            found.append(f"{len(layers)} layers of {stack}, a number that the config does not hold")
+    return found
+
+
+def _numbers(config: Any) -> set[int]:
+    """Every whole number of a config, and how long its lists are."""
+    if isinstance(config, Mapping):
+        return set().union(*map(_numbers, config.values()))
+    if isinstance(config, list | tuple):
+        return {len(config)}.union(*map(_numbers, config))
+    return {config} if isinstance(config, int) and not isinstance(config, bool) else set()
 
 
 def _modern(name: str) -> str:

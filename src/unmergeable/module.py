@@ -157,6 +157,15 @@ def _match(
             raise InputError("the module has no config", where=where, hint="pass config=")
         fields = dict(own.to_dict())
     fields["architectures"] = fields.get("architectures") or [where]
+    if spec is None and (
+        type(model).__module__.split(".")[0] != "transformers" or where not in fields["architectures"]
+    ):
+        raise UnknownArchitecture(
+            "the module is of another class than its config says, and no proof is of that",
+            where=f"{type(model).__module__}.{where}",
+            expected=f"transformers' {fields['architectures'][0]}",
+            hint="give a spec of your own by spec=",
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     everything = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     misfit: InputError | None = None

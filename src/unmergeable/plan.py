@@ -38,6 +38,7 @@ from .transform import Array, TensorPlan, compile_tensor
 SpecLike = Spec | str | os.PathLike[str]
 ConfigLike = Mapping[str, Any] | str | os.PathLike[str]
 DTYPES = {"float32": "F32"}
+GENERATION = "generation_config.json"
 
 
 class Weights:
@@ -174,6 +175,7 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
     if isinstance(spec, Spec):
         return match_spec(spec, shapes, {**spec.defaults, **config}, str(source.root))
     from .specs import find_spec
+    from .specs.guards import spare_named_heads
 
     try:
         found, canonical = find_spec(config, shapes, spec_file=spec, where=str(source.root))
@@ -185,7 +187,9 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
             got=error.got,
             hint=error.hint,
         ) from None
-    return match_spec(found, shapes, canonical, str(source.root))
+    beside = source.root / GENERATION
+    generation = load_json(beside) if not source.single_file and beside.is_file() else {}
+    return match_spec(spare_named_heads(found, config, generation), shapes, canonical, str(source.root))
 
 
 class UnknownArchitecture(InputError):  # noqa: N818

@@ -8,6 +8,7 @@ what holds in both is not a coincidence of one.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ SPECIAL_TOKENS = 12
 LABELS = 2
 
 _MAX_LAYERS = 16
+# Fields that cut activations off at a number, and what they get.
+_CLAMP, _CLAMPED = re.compile(r"clip|clamp|(^|_)limit$"), 0.5
 _HEAD_DIMS = ((8, 16), (12, 10), (10, 14), (14, 12), (16, 8))
 _GROUPS = ((4, 3), (3, 5), (5, 4), (3, 2), (2, 3))
 _INNER = ((52, 44, 76, 68, 92, 58, 86, 106), (84, 116, 92, 62, 74, 110, 132, 148))
@@ -100,13 +103,24 @@ def _node(node: Config, state: _State) -> Config:
     for name, value in list(node.items()):
         if isinstance(value, float) and "drop" in name:
             node[name] = 0.0
+        elif isinstance(value, dict) and name != "rope_parameters" and not _has_sizes(value):
+            _clamp(value)
         elif isinstance(value, dict) and name != "rope_parameters" and _has_sizes(value):
             node[name] = _node(value, state)
+    _clamp(node)
     if node.keys() & {"id2label", "label2id", "num_labels"}:
         for name in ("id2label", "label2id", "problem_type"):
             node.pop(name, None)
         node["num_labels"] = LABELS
     return node
+
+
+def _clamp(node: Config) -> None:
+    """Bounds so low that the small numbers of a miniature reach them: what they forbid must be seen."""
+    for name, value in node.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if _CLAMP.search(name) and number and value > _CLAMPED:
+            node[name] = _CLAMPED
 
 
 def _has_sizes(value: Mapping[str, Any]) -> bool:
@@ -339,9 +353,9 @@ def _layers(node: Config, real: Config, by_role: dict[str, list[str]], state: _S
 
 
 def _repeats(value: list[Any]) -> bool:
-    """Whether a list is worth reading as one entry a layer: short strings, flags or few distinct numbers."""
-    plain = all(isinstance(entry, str | bool | int) for entry in value)
-    return len(value) > 2 and plain and len({repr(entry) for entry in value}) <= 4
+    """Whether a list is to be read as one entry a layer: strings, flags, numbers or nothing, of few kinds."""
+    plain = all(entry is None or isinstance(entry, str | bool | int | float) for entry in value)
+    return len(value) > 2 and plain and len({repr(entry) for entry in value}) <= _MAX_LAYERS
 
 
 # ---- images and tokens

@@ -20,6 +20,7 @@ from ..config import canonical_config, structure
 from ..errors import InputError
 from ..match import Shapes, match_spec
 from ..spec import Spec
+from .guards import check_agrees, check_own_code
 
 Found = tuple[Spec, dict[str, Any]]
 
@@ -44,11 +45,13 @@ def find_spec(
         prove: whether to prove a spec where none is known; this needs transformers.
 
     Raises:
-        InputError: no config, no class, nothing proven for it, or the tensors are not what the config says.
+        InputError: no config, no class, nothing proven for it, the tensors are not what the config says, or the config
+            says two things of the model.
     """
     config = _checked(config, where)
     if spec_file is not None:
         return _from_file(Path(spec_file), config, shapes, where)
+    check_own_code(config, where)
     misfits: list[InputError] = []
     for source in (shipped(architecture(config)), cached(architecture(config))):
         if found := _fitting(source, config, shapes, where, misfits):
@@ -176,6 +179,7 @@ def _fitting(
         except InputError as error:
             misfits.append(error)
             continue
+        check_agrees(spec, config, canonical, where)
         return spec, canonical
     return None
 

@@ -1,0 +1,183 @@
+"""Checkpoints that say two things of themselves, and symmetries that a small model hides: wrong locks, all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import toy
+import unmergeable as um
+from unmergeable.errors import InputError
+from unmergeable.stock import load_module
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TINY = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.getbasetemp() / "guards"))
+
+
+def saved(module: Any, folder: Path, scale: float = 1.0, **fields: Any) -> Path:
+    """A model with random weights, and with fields of its config.json changed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one in module.parameters():
+            width = one.shape[-1] if one.ndim > 1 else 10
+            start = one if one.ndim < 2 else torch.zeros_like(one)
+            one.copy_(start + scale * torch.randn(one.shape, generator=generator) / width**0.5)
+    module.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+def llama(folder: Path, layers: int = 3, **fields: Any) -> Path:
+    config = transformers.LlamaConfig(**TINY, num_hidden_layers=layers)
+    return saved(transformers.LlamaForCausalLM(config), folder, **fields)
+
+
+def whisper(folder: Path, encoder: int = 4, decoder: int = 4, heads: Any = None) -> Path:
+    config = transformers.WhisperConfig(
+        vocab_size=120, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=encoder,
+        decoder_attention_heads=decoder, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16,
+        max_source_positions=50, max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=3,
+    )  # fmt: skip
+    module = transformers.WhisperForConditionalGeneration(config)
+    if heads is not None:
+        module.generation_config.alignment_heads = heads
+    return saved(module, folder)
+
+
+def apart(one: Path, other: Path, inputs: Mapping[str, torch.Tensor]) -> float:
+    """How far the outputs of two checkpoints are, relatively, in fp64."""
+    found = []
+    for path in (one, other):
+        module = load_module(path).double()
+        with torch.no_grad():
+            found.append(module(**inputs).logits)
+    return float((found[0] - found[1]).norm() / found[0].norm())
+
+
+def refused(path: Path, text: str, **options: Any) -> None:
+    target = path.with_name("locked")
+    with pytest.raises(InputError, match=text):
+        um.lock(path, target, key=toy.key(), **options)
+    assert not target.exists()
+
+
+TOKENS = {"input_ids": torch.arange(3, 21).reshape(2, 9)}
+SPEECH = {
+    "input_features": torch.randn(1, 16, 100, generator=torch.Generator().manual_seed(1)).double(),
+    "decoder_input_ids": torch.tensor([[3, 5, 7]]),
+}
+
+
+# --- refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (2, 4)])
+def test_towers_with_different_numbers_of_heads(heads: tuple[int, int], tmp_path: Path) -> None:
+    refused(whisper(tmp_path / "model", *heads), "different numbers of heads")
+
+
+def test_a_type_that_the_class_is_not_of(tmp_path: Path) -> None:
+    """Loaders go by model_type: what they open is not what was proven."""
+    helium = transformers.HeliumForCausalLM(
+        transformers.HeliumConfig(**TINY, num_hidden_layers=2, head_dim=8)
+    )
+    path = saved(helium, tmp_path / "model", architectures=["LlamaForCausalLM"])
+    refused(path, "name different models")
+
+
+def test_code_of_its_own(tmp_path: Path) -> None:
+    own = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    refused(llama(tmp_path / "model", auto_map=own), "code of its own")
+    path = llama(tmp_path / "tokenizer", auto_map={"AutoTokenizer": ["tokenization_mine.Mine", None]})
+    um.lock(path, tmp_path / "locked", key=toy.key())
+
+
+@pytest.mark.parametrize(("given", "other"), [("num_attention_heads", 2), ("hidden_size", 64)])
+def test_spellings_that_disagree(given: str, other: int, tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    path = saved(transformers.GPT2LMHeadModel(config), tmp_path / "model", **{given: other})
+    refused(path, "two spellings of one field disagree")
+
+
+@pytest.mark.parametrize("said", [5, 7])
+def test_layers_that_the_config_does_not_say(said: int, tmp_path: Path) -> None:
+    refused(llama(tmp_path / "model", num_hidden_layers=said), "3 layers of model.layers.")
+
+
+def test_a_layer_that_is_not_there(tmp_path: Path) -> None:
+    path = llama(tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    rest = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    save_file(rest, path / "model.safetensors", metadata={"format": "pt"})
+    refused(path, r"no tensor of model.layers.1\b")
+
+
+def test_a_module_of_another_class_than_its_config_says() -> None:
+    class Mine(transformers.LlamaForCausalLM):
+        pass
+
+    config = transformers.LlamaConfig(**TINY, num_hidden_layers=2, architectures=["LlamaForCausalLM"])
+    with pytest.raises(InputError, match="another class than its config says"):
+        um.lock_module(Mine(config), key=toy.key())
+    um.lock_module(transformers.LlamaForCausalLM(config), key=toy.key())
+
+
+# --- right ---------------------------------------------------------------------------------------------------
+
+
+def test_heads_that_are_called_by_their_numbers_keep_them(tmp_path: Path) -> None:
+    """Whisper's word timestamps are read off heads of the decoder's cross-attention, by number."""
+    path = whisper(tmp_path / "model", heads=[[1, 2], [1, 0]])
+    report = um.lock(path, tmp_path / "locked", key=toy.key())
+    assert any("alignment_heads" in reason for *_, reason in report.refused)
+    assert apart(path, tmp_path / "locked", SPEECH) < 1e-9
+    query = "model.decoder.layers.1.encoder_attn.q_proj.weight"
+    before, after = (load_file(one / "model.safetensors")[query] for one in (path, tmp_path / "locked"))
+    assert not torch.equal(before, after)
+    # What the lock does to a head's rows stays within them: their sums of squares are where they were.
+    sums = [tensor.double().square().reshape(4, 8, 32).sum((1, 2)) for tensor in (before, after)]
+    assert torch.allclose(*sums, rtol=1e-6)
+    um.unlock(tmp_path / "locked", tmp_path / "again", key=toy.key())
+    one, two = (load_file(each / "model.safetensors") for each in (path, tmp_path / "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    plain = um.lock(whisper(tmp_path / "plain"), tmp_path / "locked-plain", key=toy.key())
+    assert not any("alignment_heads" in reason for *_, reason in plain.refused)
+
+
+@pytest.mark.parametrize("method", [{"scales": True}, {"method": "gauge"}], ids=["scales", "gauge"])
+def test_activations_that_are_cut_off(method: dict[str, Any], tmp_path: Path) -> None:
+    """A bound that a small model never reaches allows more than the real one does."""
+    config = transformers.OlmoConfig(**TINY, num_hidden_layers=2, clip_qkv=8.0)
+    path = saved(transformers.OlmoForCausalLM(config), tmp_path / "model", scale=4.0)
+    um.lock(path, tmp_path / "locked", key=toy.key(), **method)
+    assert apart(path, tmp_path / "locked", TOKENS) < 1e-4
+
+
+def test_numbers_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
+    """Layers without positions first, others after: a miniature needs some of both."""
+    config = transformers.GraniteSWAConfig(
+        **TINY,
+        num_hidden_layers=8,
+        layer_types=["full_attention"] * 8,
+        layer_rope_theta=[0.0] * 4 + [1e4] * 4,
+    )
+    path = saved(transformers.GraniteSWAForCausalLM(config), tmp_path / "model")
+    um.lock(path, tmp_path / "locked", key=toy.key())
+    assert apart(path, tmp_path / "locked", TOKENS) < 1e-6  # angles are in float32 there
