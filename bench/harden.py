@@ -66,7 +66,7 @@ def main() -> None:
             with record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"name": job.name, **found}) + "\n")
     if args.keep is not None:
-        keep(record, args.keep, args.about)
+        keep(record, args)
 
 
 def arguments() -> argparse.Namespace:
@@ -258,13 +258,20 @@ def brief(found: dict[str, Any]) -> dict[str, Any]:
     return {**{name: found[name] for name in kept}, "rows": rows}
 
 
-def keep(record: Path, name: str, about: str) -> None:
-    """Keep records beside this script, with where and how they were made."""
+def keep(record: Path, args: argparse.Namespace) -> None:
+    """Keep records beside this script, with where and how they were made, without the paths of a machine."""
     KEPT.mkdir(exist_ok=True)
-    command = " ".join(["python bench/harden.py", *sys.argv[1:]])
-    head = json.dumps({"name": "about", "kind": "about", "text": about, "command": command})
+    places = {str(args.work): "WORK", str(args.zoo): "PATH"}
+    given = iter(sys.argv[1:])
+    command = ["python bench/harden.py"]
+    for one in given:
+        if one in ("--keep", "--about"):
+            next(given)
+        else:
+            command.append(places.get(one, one))
+    head = json.dumps({"name": "about", "kind": "about", "text": args.about, "command": " ".join(command)})
     text = head + "\n" + record.read_text(encoding="utf-8")
-    (KEPT / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    (KEPT / f"{args.keep}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_a_merge_of_an_adapter_is_one_of_its_updates() -> None:
     images, labels = thief_cases.pictures(thief_cases.PROTECTED, 12, 5)
     for seed in range(4):
         draw = Draws(weights.shapes, seed).draw()
-        vector = weights.vector()
+        vector = dict(weights.deltas())
         direction = Directions([], ("random",), seed).draw(vector)
         folded = {
             name: weights.base[name] + draw.own[name] * delta + draw.other[name] * direction[name]

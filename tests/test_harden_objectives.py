@@ -16,7 +16,7 @@ from unmergeable.harden.directions import Directions
 from unmergeable.harden.draws import Draws
 from unmergeable.harden.objectives import LEAST, Repel, Step, Trap, Trap2, objective, unlikelihood
 from unmergeable.harden.wrapper import Hardening
-from unmergeable.tasks.task import Examples, TensorTask
+from unmergeable.tasks.task import IGNORED, Examples, TensorTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -188,8 +188,40 @@ def test_the_wrapper_adds_to_a_training_of_ones_own() -> None:
     assert exposed() < 0.7 * start
     with pytest.raises(UsageError, match="without labels"):
         hardening.backward({"pixel_values": inputs["pixel_values"]})
-    with pytest.raises(UsageError, match="no such direction"):
-        Hardening(module, thief_cases.trained()["base"].state_dict(), made=("up",))
+    base = thief_cases.trained()["base"].state_dict()
+    for given, text in (
+        ({"made": ("up",)}, "no such direction"),
+        ({"made": ()}, "nothing in the place"),
+        ({"strength": -1.0}, "no strength"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            Hardening(module, base, **given)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no base"):
+        Hardening(module)
+
+
+def test_a_batch_in_which_nothing_counts() -> None:
+    module, given = step()
+    hardening = Hardening(module, thief_cases.trained()["base"].state_dict())
+    labels = torch.full_like(given.batch.labels, IGNORED)
+    inputs = {"pixel_values": given.batch.inputs["pixel_values"], "labels": labels, "return_dict": True}
+    assert hardening.backward(inputs) == 0.0
+    assert all(one.grad is None for one in hardening.weights.parameters.values())
+    assert hardening.backward({**inputs, "labels": given.batch.labels}) > 0
+
+
+def test_draws_of_a_step_are_always_the_same() -> None:
+    module, given = step()
+    hardening = Hardening(module, thief_cases.trained()["base"].state_dict())
+    inputs = {"pixel_values": given.batch.inputs["pixel_values"], "labels": given.batch.labels}
+
+    def at(number: int) -> float:
+        hardening.begin(number)
+        return hardening.backward(inputs)
+
+    first = [at(number) for number in range(3)]
+    assert [at(number) for number in reversed(range(3))] == first[::-1]
+    assert len(set(first)) == 3
 
 
 def test_a_trainer_hardens(tmp_path: Path) -> None:
@@ -216,3 +248,46 @@ def test_a_trainer_hardens(tmp_path: Path) -> None:
         exposed[strength] = sum(logged[-3:]) / sum(logged[:3])
         assert module(pixel_values=images).logits.argmax(-1).eq(labels).float().mean() > 0.9
     assert exposed[1.0] < 0.6 * exposed[0.0]
+
+
+def test_a_trainer_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    import transformers
+
+    from unmergeable.harden.trainer import HardeningTrainer
+
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(config).state_dict()
+    tokens = torch.randint(32, (32, 12))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    found = []
+    for name, resumed in (("whole", False), ("cut", True)):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / name), max_steps=6, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+            learning_rate=2e-3, use_cpu=True, report_to=[], save_steps=3, disable_tqdm=True, logging_steps=1,
+        )  # fmt: skip
+        module = transformers.LlamaForCausalLM(config)
+        module.load_state_dict({key: 1.01 * one for key, one in base.items()})
+        trainer = HardeningTrainer(
+            module, arguments, train_dataset=data, hardening=Hardening(module, base, strength=1.0)
+        )
+        # The second goes on from the first one's checkpoint, with draws that are at their beginning.
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3") if resumed else None)
+        found.append({key: one.detach().clone() for key, one in module.named_parameters()})
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_a_trainer_of_several_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import transformers
+    from accelerate import Accelerator
+
+    from unmergeable.harden.trainer import HardeningTrainer
+
+    module, _ = opened()
+    hardening = Hardening(module, thief_cases.trained()["base"].state_dict())
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(UsageError, match="one process"):
+        HardeningTrainer(module, arguments, hardening=hardening)

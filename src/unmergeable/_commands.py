@@ -239,7 +239,7 @@ def _harden(args: argparse.Namespace) -> Outcome:
     except ImportError as error:
         hint = "pip install 'unmergeable[harden]'"
         raise InputError("a package is missing", where="harden", got=error, hint=hint) from error
-    return Outcome(report.as_dict(), render_harden.hardened(report))
+    return Outcome(report.as_dict(), render_harden.hardened(report), list(report.notes))
 
 
 def _yaml_pairs(pairs: Iterable[str]) -> dict[str, Any]:

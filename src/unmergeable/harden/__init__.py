@@ -38,6 +38,7 @@ class HardenReport:
         trials: all strengths that were tried, with the same figures.
         locked: the id of the key that it was locked with; None if it was not.
         examples: how many were trained on, and held out. seconds: in all. device: of training.
+        notes: what the owner should know before he takes the result for a protection.
     """
 
     expert: str
@@ -62,12 +63,13 @@ class HardenReport:
     examples: Mapping[str, int]
     seconds: float
     device: str
+    notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         from dataclasses import asdict
 
-        listed = {"proxies": list(self.proxies), "made": list(self.made)}
+        listed = {"proxies": list(self.proxies), "made": list(self.made), "notes": list(self.notes)}
         return {"document": "unmergeable.harden", "version": 1, **asdict(self), **listed}
 
 
@@ -104,7 +106,8 @@ def harden(
         data: examples of its task to train on; a tenth is held out to measure on.
         task: `image-classification`, `language-modelling`, `text-classification` or `sequence-to-sequence`; the model's
             class says it if not given.
-        fields: further fields of the task, as in an audit's configuration: mean, images, length, …
+        fields: further fields of the task, as in an audit's configuration: mean, images, length, …; with `train`,
+            that is trained on, and all of `data` is held out.
         proxies: other fine-tunes of the base, or LoRA adapters, in the place of a thief's.
         made: directions that are made up in the place of a thief's fine-tunes: `random` (by itself), `spectrum`; none
             of them needs proxies.
@@ -127,7 +130,8 @@ def harden(
     Raises:
         UsageError: options that make no sense.
         InputError: models or data that do not fit each other, a fine-tune that is no better than its base.
-        ClaimError: no strength keeps within `max_loss`.
+        ClaimError: no strength keeps within `max_loss`; without it, training took more than half of what the
+            fine-tune has over its base.
         RunError: not enough memory, or training that diverges. Nothing is left at DST in any of these cases.
     """
     from .run import run_harden

@@ -8,7 +8,7 @@ has to be trained against it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -27,7 +27,23 @@ OTHER, FILL, BESIDE = (
     0.25,
 )  # of the direction: everywhere, where little is own, elsewhere
 JITTER = 0.3
+# Adapters: how often their two factors are mixed instead of their products, how often they are thinned out then, and
+# to what part of their numbers at least.
+FACTORS, THINNED, THIN = 0.35, 0.5, 0.2
 NEAR = 0.1  # a whole fine-tune alone, to within this, is no merge
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How the two factors of adapters are mixed, each by itself, as peft's `linear`, `ties` and `dare_…` do.
+
+    density: the part of their numbers that is kept. trim: the largest ones; else any, and the rest made larger for it.
+    seed: of which.
+    """
+
+    density: float
+    trim: bool
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -37,10 +53,12 @@ class Draw:
     Attributes:
         own: of the fine-tune's task vector, by tensor.
         other: of the direction, by tensor; 0 everywhere if nothing is added.
+        factors: of adapters, the mix is one of factors; None if it is one of products.
     """
 
     own: Mapping[str, Coefficient]
     other: Mapping[str, float]
+    factors: Factors | None = None
 
     @classmethod
     def whole(cls, names: Iterable[str], own: float, other: float = 0.0) -> Draw:
@@ -55,10 +73,11 @@ class Draws:
     Args:
         shapes: of the tensors that merges share, by name.
         seed: of all draws.
+        factors: whether merges may be of an adapter's factors.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], seed: int) -> None:
-        self.shapes = dict(shapes)
+    def __init__(self, shapes: Mapping[str, torch.Size], seed: int, factors: bool = False) -> None:
+        self.shapes, self.factors = dict(shapes), factors
         self.grid = layout(self.shapes)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -71,6 +90,8 @@ class Draws:
                 return found
 
     def _draw(self) -> Draw:
+        if self.factors and self._uniform() < FACTORS:
+            return self._factors()
         choice = self._uniform()
         if choice < WHOLE:
             return self._whole()
@@ -98,6 +119,14 @@ class Draws:
             {name: own * factor for name, factor in zip(self.shapes, noise[0].tolist(), strict=True)},
             {name: other * factor for name, factor in zip(self.shapes, noise[1].tolist(), strict=True)},
         )
+
+    def _factors(self) -> Draw:
+        """Weights of a few tenths to a whole, as people give them to peft."""
+        own, other = self._uniform(0.2, MOST), self._uniform(0.1, 1.0)
+        density = self._uniform(THIN, 1) if self._uniform() < THINNED else 1.0
+        trim = self._uniform() < 0.5
+        seed = int(torch.randint(2**31, (), generator=self.generator))
+        return replace(Draw.whole(self.shapes, own, other), factors=Factors(density, trim, seed))
 
     def _blocks(self) -> dict[str, float]:
         """Blocks cut in two, or each with a coefficient of its own."""

@@ -1,21 +1,24 @@
-"""A LoRA adapter in training: its merges are merges of what it adds, and it stays a stock adapter.
+"""A LoRA adapter in training: its merges are those of peft and of folded models, and it stays a stock adapter.
 
-Its update of a layer is s · B · A. A coefficient of the update is one of B, row by row as well; what a thief's own
-adapters add goes into the frozen weight below, in place, and out again. Merges by peft's `svd` and `cat` are sums of
-updates, and so are those of adapters that were folded into their base; `linear` has products of one adapter's A with
-another one's B beside them.
+Its update of a layer is s · B · A. Sums of updates are what `cat` makes, `svd` but for what its rank cuts off, and
+merges of models that adapters were folded into: a coefficient of the update is one of B, row by row as well, and what
+a thief's own adapters add goes into the frozen weight below, in place, and out again. `linear`, `ties`, `dare_…` and
+`magnitude_prune` mix A with A and B with B, each by the root of its weight: there one adapter's B meets another's A.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint.files import load_json
 from ..errors import InputError
-from .draws import Draw
+from ..merging.vectors import CONFIG, PREFIX, WEIGHTS, lora_scale
+from .draws import Draw, Factors
 from .merged import Weights, _placed
 
 if TYPE_CHECKING:
@@ -71,8 +74,52 @@ class LoraWeights(Weights):
             product = layer.lora_B[self.adapter].weight @ layer.lora_A[self.adapter].weight
             yield name, layer.scaling[self.adapter] * product
 
+    def vector(self) -> dict[str, torch.Tensor]:
+        """The task vector as it is now, and the factors that it is made of."""
+        return {**super().vector(), **{name: one.detach() for name, one in self.parameters.items()}}
+
+    @property
+    def factors(self) -> bool:
+        return True
+
+    def fitted(self, vector: State) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, layer in self.layers.items():
+            like = self._oriented(layer, layer.get_base_layer().weight)
+            delta = vector.get(name, torch.zeros_like(layer.get_base_layer().weight.data))
+            found[name] = self._oriented(layer, delta).to(like.device)
+        return found
+
+    def fitted_factors(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The factors of another adapter, by the names of `vector()`, as if it had this one's scale.
+
+        Empty if it is of another rank or of other layers: peft does not mix the factors of such two.
+        """
+        from safetensors.torch import load_file
+
+        tensors, config = load_file(folder / WEIGHTS), load_json(folder / CONFIG)
+        found = {}
+        for name, layer in self.layers.items():
+            module = name.removesuffix(".weight")
+            for letter in "AB":
+                like = self.parameters[f"{name} {letter}"]
+                one = tensors.get(f"{PREFIX}{module}.lora_{letter}.weight")
+                if one is None or one.shape != like.shape:
+                    return {}
+                rank = self.parameters[f"{name} A"].shape[0]
+                scale = lora_scale(module, rank, config) / layer.scaling[self.adapter]
+                found[f"{name} {letter}"] = abs(scale) ** 0.5 * one.to(like)
+        return found
+
     @contextmanager
     def merged(self, draw: Draw, direction: State) -> Iterator[None]:
+        known = all(f"{name} A" in direction for name in self.layers)
+        with self._mixed(draw, direction) if draw.factors and known else self._summed(draw, direction):
+            yield
+
+    @contextmanager
+    def _summed(self, draw: Draw, direction: State) -> Iterator[None]:
+        """The update times a coefficient, in B, and the direction in the frozen weight below."""
         frozen = {name: layer.get_base_layer().weight for name, layer in self.layers.items()}
         below = {name: weight.data for name, weight in frozen.items()}
         try:
@@ -94,6 +141,27 @@ class LoraWeights(Weights):
             for name, weight in frozen.items():
                 weight.data = below[name]
 
+    @contextmanager
+    def _mixed(self, draw: Draw, direction: State) -> Iterator[None]:
+        """Both factors mixed, each with the root of its weight: B and A of different adapters meet."""
+        assert draw.factors is not None
+        generator = torch.Generator().manual_seed(draw.factors.seed)
+        own: dict[str, torch.Tensor] = {}
+        with self._set_aside():
+            with torch.no_grad():
+                for key, one in self.parameters.items():
+                    name = key[:-2]
+                    part = float(draw.own[name])
+                    own[key] = abs(part) ** 0.5 * _kept(one.data, draw.factors, generator)
+                    other = direction[key].to(one)
+                    rest = abs(draw.other[name]) ** 0.5 * _kept(other, draw.factors, generator)
+                    one.data = own[key] * one.data + rest * other
+            yield
+            with torch.no_grad():
+                for key, one in self.parameters.items():
+                    if one.grad is not None:
+                        one.grad = one.grad * own[key]
+
     def slopes(self) -> dict[str, float]:
         found = {}
         for name in self.layers:
@@ -104,3 +172,15 @@ class LoraWeights(Weights):
     def _oriented(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
         """Outputs × inputs from the layer's own layout, and back."""
         return weight.data.T if layer.fan_in_fan_out else weight.data
+
+
+def _kept(tensor: torch.Tensor, factors: Factors, generator: torch.Generator) -> torch.Tensor:
+    """By what each number of a factor is multiplied: 0 where it is left out."""
+    if factors.density == 1:
+        return torch.ones_like(tensor)
+    if factors.trim:
+        count = max(1, round(factors.density * tensor.numel()))
+        least = tensor.abs().flatten().topk(count).values[-1]
+        return (tensor.abs() >= least).to(tensor)
+    kept = torch.rand(tensor.shape, generator=generator).to(tensor.device) < factors.density
+    return kept.to(tensor) / factors.density

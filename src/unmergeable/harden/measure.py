@@ -26,7 +26,10 @@ SEED = 0x5EED  # other merges than those that are trained against
 
 @dataclass(frozen=True)
 class Exposure:
-    """The value of the protected task in merges: 0 the base, 1 the fine-tune. mean: of them; most: the largest."""
+    """The value of the protected task in merges: 0 the base or worse, 1 the fine-tune.
+
+    mean: of them. most: the largest.
+    """
 
     mean: float
     most: float
@@ -46,7 +49,7 @@ class Measure:
     def __init__(self, owner: Owner, made: tuple[str, ...]) -> None:
         self.owner = owner
         shapes = owner.weights.shapes
-        draws = Draws(shapes, SEED)
+        draws = Draws(shapes, SEED, owner.weights.factors)
         self.draws = [
             *(Draw.whole(shapes, own, other) for own, other in GRID),
             *(draws.draw() for _ in range(MERGES)),
@@ -69,31 +72,33 @@ class Measure:
         return self.owner.task.score(self.owner.module, every)
 
     def ends(self) -> Ends:
-        """The base and the fine-tune as it is, which what merges keep is relative to."""
-        return Ends(
-            (float(self.base_scores.mean()), float(self.before_scores.mean())),
-            (self._loss(0.0), self._loss(1.0)),
-        )
+        """The base and the fine-tune as it is, on every held-out example."""
+        scores = self.base_scores, self.before_scores
+        if self.owner.task.metric == "cross-entropy":
+            return Ends(scores, (-scores[0], -scores[1]))
+        with self.owner.weights.merged(Draw.whole(self.owner.weights.shapes, 0.0), {}):
+            base = self._losses()
+        return Ends(scores, (base, self._losses()))
 
-    def _loss(self, own: float) -> float:
-        """The mean loss of so much of the task vector on a few examples, in nats."""
-        owner = self.owner
-        owner.module.eval()
-        few = owner.task.evaluation[list(self._few)]
-        with torch.no_grad(), owner.weights.merged(Draw.whole(owner.weights.shapes, own), {}):
-            parts = [
-                float(owner.task.loss(owner.module, batch.to(owner.device))) * len(batch)
-                for batch in few.batches(owner.task.batch)
-            ]
-        return sum(parts) / len(few)
+    def _losses(self) -> Floats:
+        self.owner.module.eval()
+        return self.owner.task.losses(self.owner.module, range(len(self.owner.task)))
+
+    def worth(self, standalone: float) -> float:
+        """A score between those of the base, 0, and of the fine-tune as it was, 1."""
+        base = float(self.base_scores.mean())
+        return (standalone - base) / (self.before - base)
 
     def exposure(self) -> Exposure:
         """Of the weights as they are."""
-        weights = self.owner.weights
-        plain, base = (float(one[self._few].mean()) for one in (self.before_scores, self.base_scores))
+        weights, few = self.owner.weights, self._few
+        # All examples say what fine-tuning brought; the few, what a merge has of it, against the base on the same ones.
+        brought = self.before - float(self.base_scores.mean())
         directions = Directions(self.owner.vectors, self.made, SEED, self.owner.device)
         values = []
         for draw in self.draws:
             with torch.no_grad(), weights.merged(draw, directions.draw(weights.vector())):
-                values.append((float(self._scores(self._few).mean()) - base) / (plain - base))
+                found = self._scores(few) - self.base_scores[few]
+            # Merges that know less than the base does do not make up for those that know more.
+            values.append(max(0.0, float(found.mean()) / brought))
         return Exposure(sum(values) / len(values), max(values))

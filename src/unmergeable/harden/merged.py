@@ -49,6 +49,23 @@ class Weights:
         with torch.no_grad():
             return dict(self.deltas())
 
+    def _follow_device(self) -> None:
+        """A Trainer puts its model elsewhere after this was made of it."""
+        for name, one in self.parameters.items():
+            self.base[name] = self.base[name].to(one.device)
+
+    @property
+    def factors(self) -> bool:
+        """Whether the weights are the factors of an adapter."""
+        return False
+
+    def fitted(self, vector: State) -> dict[str, torch.Tensor]:
+        """What a further fine-tune adds to the base, by the names and shapes of `vector()`; 0 where it adds nothing."""
+        return {
+            name: vector[name].to(one.device) if name in vector else torch.zeros_like(one)
+            for name, one in self.parameters.items()
+        }
+
     def copy(self) -> dict[str, torch.Tensor]:
         """The weights as they are now, on the CPU."""
         return {name: one.detach().cpu().clone() for name, one in self.parameters.items()}
@@ -68,6 +85,7 @@ class Weights:
         Args:
             draw: coefficients. direction: by name; what is added, where its coefficient is not 0.
         """
+        self._follow_device()
         names, parameters = list(self.parameters), list(self.parameters.values())
         own = [_placed(draw.own[name], one) for name, one in self.parameters.items()]
         with self._set_aside():
@@ -97,6 +115,8 @@ class Weights:
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
         """Weights and gradients come back as they were; gradients that are there at the end are added to them."""
+        # What autocast has cast of the weights is of those that were there: neither of these, nor of what was before.
+        torch.clear_autocast_cache()
         self._kept = {name: one.data for name, one in self.parameters.items()}
         gradients = {name: one.grad for name, one in self.parameters.items()}
         for one in self.parameters.values():
@@ -118,6 +138,25 @@ class Weights:
                 if sums:
                     torch._foreach_add_(sums, added)
             self._kept = {}
+            torch.clear_autocast_cache()
+
+
+@contextmanager
+def modes_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Training or evaluation, whatever each part of a module is in, it is in afterwards."""
+    modes = {one: one.training for one in module.modules()}
+    try:
+        yield
+    finally:
+        for one, mode in modes.items():
+            one.training = mode
+
+
+def freeze_statistics(module: torch.nn.Module) -> None:
+    """Norms that follow what they see stop doing so: what merges do to them is not the fine-tune's."""
+    for one in module.modules():
+        if getattr(one, "running_mean", None) is not None:
+            one.eval()
 
 
 def _placed(part: Coefficient, like: torch.Tensor) -> Coefficient:

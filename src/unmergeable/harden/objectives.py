@@ -254,6 +254,8 @@ def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _improved(step: Step, draw: Draw, direction: State, rate: float) -> Draw:
     """Coefficients after a step of the thief: down the gradient of the task's own loss, one a tensor."""
+    if draw.factors is not None:
+        return draw
     weights = step.weights
     with weights.merged(draw, direction):
         step.backward(step.task.loss(step.call, step.batch))

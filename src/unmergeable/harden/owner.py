@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint import open_checkpoint
 from ..errors import InputError, RunError
 from ..merging.grids import free_memory
 from ..merging.tensors import load_state, rename_like, split
-from ..merging.vectors import is_adapter, load_model
-from ..merging.write import write_merged
+from ..merging.vectors import TaskVector, apply_vector, is_adapter, load_adapter
+from ..merging.write import FLOATS, write_merged
 from ..stock import load_module, module_state
 from ..tasks import open_task
 from ..tasks.task import Examples, TensorTask
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 # A tenth of the data is held out to measure on; FEW of them or, of little data, three tenths.
 HELD, FEW, MOST, LEAST = 0.1, 300, 1000, 32
 # Copies of the weights in float32 that training needs: they, their gradients twice, AdamW's two, the base, a merge,
-# the task vector, a direction, the best so far; and one more for every fine-tune of the owner's.
-COPIES = 10
+# the task vector, a direction; the last good weights with AdamW's two, and the best. Of an adapter: the frozen weights,
+# the base, a merge, the task vector, a direction. And one more for every fine-tune of the owner's.
+COPIES, COPIES_ADAPTER = 13, 5
 KINDS = ("image-classification", "language-modelling", "text-classification", "sequence-to-sequence")
 
 
@@ -45,7 +48,8 @@ class Owner:
 
     Attributes:
         module: the fine-tune's. adapter: whether it is one. weights: what is trained, and the base's.
-        task: scores on held-out examples. training: all others.
+        task: scores on held-out examples: where the task's fields have `train:`, on all of `data`, else on a tenth of
+            it. training: the others.
         vectors: of the further models.
 
     Raises:
@@ -64,9 +68,10 @@ class Owner:
     ) -> None:
         self.device = accelerator.device
         self.adapter = is_adapter(expert)
+        self.stored = _stored(base if self.adapter else expert)
+        self._check_memory(sum(count for count, _ in self.stored.values()), len(models))
         self.module = load_module(base if self.adapter else expert)
         held = module_state(self.module)
-        self._check_memory(sum(tensor.numel() for tensor in held.values()), len(models))
         origin = (
             {name: tensor.clone() for name, tensor in held.items()}
             if self.adapter
@@ -74,7 +79,11 @@ class Owner:
         )
         vectors = [self._vector(_folded(path, base, work), origin) for path in models]
         self.weights: Weights = self._adapted(expert) if self.adapter else self._whole(held, origin, expert)
-        self.vectors = [self._placed(vector) for vector in vectors]
+        self.vectors = [self.weights.fitted(vector) for vector in vectors]
+        if isinstance(self.weights, LoraWeights):
+            for path, vector in zip(models, self.vectors, strict=True):
+                if is_adapter(path):
+                    vector.update(self.weights.fitted_factors(path))
         opened = open_task("data", fields, folder=Path(), model=base if self.adapter else expert)
         if not isinstance(opened, TensorTask):
             raise InputError("a task that cannot be trained on", expected=" | ".join(KINDS), got=opened.kind)
@@ -82,8 +91,20 @@ class Owner:
         self.training = training
         self.task = replace(opened, evaluation=rest, training=None)
 
+    def round(self) -> None:
+        """The weights as the checkpoint's dtypes will hold them: what is measured is then what is written."""
+        if self.adapter:
+            return
+        narrowest = min((dtype for _, dtype in self.stored.values()), key=lambda one: one.itemsize)
+        with torch.no_grad():
+            for name, one in self.weights.parameters.items():
+                # By names in memory, which are those of the file but for a prefix; of one that is not known, all.
+                dtype = self.stored.get(name, (0, narrowest))[1]
+                one.copy_(one.to(dtype))
+
     def _check_memory(self, numbers: int, models: int) -> None:
-        needed, free = 4 * numbers * (COPIES + models), free_memory(self.device)
+        copies = COPIES_ADAPTER if self.adapter else COPIES
+        needed, free = 4 * numbers * (copies + models), free_memory(self.device)
         if needed > free:
             raise RunError(
                 "not enough memory for the weights alone",
@@ -129,33 +150,41 @@ class Owner:
         shared = split(origin, {path.name: state}).shared
         return {name: state[name] - origin[name] for name in shared}
 
-    def _placed(self, vector: State) -> dict[str, torch.Tensor]:
-        """By the names and shapes of the weights; nothing where a fine-tune has tensors of its own."""
-        found = {}
-        for name, shape in self.weights.shapes.items():
-            delta = vector.get(name)
-            if delta is None:
-                delta = torch.zeros(shape)
-            found[name] = (delta if delta.shape == shape else delta.T).to(self.device)
-        return found
-
 
 def _folded(path: Path, base: Path, work: Path) -> Path:
     """A model as a folder that its stock class opens: an adapter is folded into its base."""
     if not is_adapter(path):
         return path
-    folder = work / f"adapter-{len(list(work.iterdir()))}"
-    write_merged(folder, load_model(path, load_state(base)), base)
+    folder, state = work / f"adapter-{len(list(work.iterdir()))}", load_state(base)
+    # Without what it has saved whole, a head of its own: that is none of a merge's.
+    write_merged(folder, apply_vector(state, TaskVector(load_adapter(path, state).deltas)), base)
     return folder
 
 
 def _halves(task: TensorTask) -> tuple[Examples, Examples]:
-    """Examples to train on, and those held out: the last ones of a random order that is always the same."""
-    count = len(task.evaluation)
-    if count < LEAST:
-        raise InputError(
-            "too few examples to train on", where=task.name, expected=f"at least {LEAST}", got=count
-        )
+    """Examples to train on, and those held out: the last ones of a random order that is always the same.
+
+    With `train:`, those are trained on, and all others are held out.
+    """
+    training = task.evaluation if task.training is None else task.training
+    for count, what in ((len(training), "train on"), (len(task.evaluation), "measure on")):
+        if count < LEAST:
+            raise InputError(
+                f"too few examples to {what}", where=task.name, expected=f"at least {LEAST}", got=count
+            )
+    if task.training is not None:
+        return training, task.evaluation[:MOST]
+    count = len(training)
     held = min(max(round(HELD * count), min(FEW, round(3 * HELD * count))), MOST)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return task.evaluation[order[:-held]], task.evaluation[order[-held:]]
+
+
+def _stored(folder: Path) -> dict[str, tuple[int, torch.dtype]]:
+    """How many numbers every tensor of floats of a checkpoint holds, and in which dtype."""
+    with open_checkpoint(folder) as checkpoint:
+        return {
+            name: (math.prod(info.shape), FLOATS[info.dtype])
+            for name, info in checkpoint.tensors.items()
+            if info.dtype in FLOATS
+        }

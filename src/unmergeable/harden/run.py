@@ -9,34 +9,28 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
-
 from ..audit.init import kind_of
 from ..audit.scores import check_separation, separation
-from ..checkpoint import Staging, check_destination, open_checkpoint
+from ..checkpoint import check_destination, open_checkpoint
 from ..checkpoint.files import load_json
 from ..errors import ClaimError, InputError, UsageError
-from ..merging.tensors import load_state
-from ..merging.vectors import WEIGHTS, is_adapter
-from ..merging.write import write_merged
-from ..stock import quiet
+from ..merging.vectors import is_adapter
 from . import HardenReport, Progress
+from .device import PRECISIONS, accelerating, checkpoint_activations, memory
 from .directions import check_made
 from .measure import Measure
 from .objectives import Objective
 from .objectives import objective as objective_of
 from .owner import KINDS, Owner
-from .search import lost, search
+from .release import clear, write
+from .search import LEAST, Trial, lost, search
 from .train import Settings
 
 if TYPE_CHECKING:
-    import torch
-
     from ..keys import Key
 
 # By kind of task: what a training is, unless it is asked for otherwise.
@@ -48,7 +42,7 @@ DEFAULTS = {
 }
 SUFFIX = ".hardening"
 MAY = 0.1  # of the task, that simulated merges keep on average
-PRECISIONS = ("auto", "fp32", "bf16")
+SAID = 1.0  # point, or per cent, of loss that is worth a note
 
 
 def run_harden(
@@ -87,6 +81,9 @@ def run_harden(
         raise UsageError(
             "no such precision", where="precision", expected=" | ".join(PRECISIONS), got=precision
         )
+    _check_there(source, Path(base))
+    if not 0 <= seed < 2**63 - 10:
+        raise UsageError("no seed", where="seed", expected="0 to 2⁶³ − 11", got=seed)
     kind = _kind(Path(base) if adapter else source, task)
     settings = _settings(kind, strength, steps, rate, batch, seed)
     settings = replace(settings, may=_may(may, strength, max_loss, chosen))
@@ -94,6 +91,7 @@ def run_harden(
         settings = replace(settings, made=_made(made, proxies))
     if max_loss is not None and not max_loss >= 0:
         raise UsageError("no loss that can be allowed", where="max_loss", expected="0 or more", got=max_loss)
+    _check_there(Path(data), *map(Path, proxies))
     if source.is_file():
         what = "a file of weights cannot be trained by itself"
         raise InputError(what, where=source, expected="a model's folder")
@@ -104,30 +102,27 @@ def run_harden(
             check_destination(checkpoint.root, target, checkpoint.nbytes)
     written = {"kind": kind, "data": str(data), **dict(fields or {})}
     progress_folder = target.with_name(target.name + SUFFIX)
-    folder = progress_folder / _digest(source, base, written, proxies, chosen)
+    folder = progress_folder / _digest(source, base, written, proxies, chosen, settings)
     with (
-        _accelerating(device, precision) as accelerator,
+        accelerating(device, precision) as accelerator,
         tempfile.TemporaryDirectory(prefix="unmergeable-harden-") as work,
     ):
         owner = Owner(source, Path(base), written, [Path(path) for path in proxies], Path(work), accelerator)
         if checkpointing:
-            _checkpoint(owner.module)
+            checkpoint_activations(owner.module)
+        # A training must not fail at its end: what it begins with is written, and locked, for once.
+        write(owner, source, Path(work) / "tried", Path(work), lock)
+        shutil.rmtree(Path(work) / "tried")
         measure = Measure(owner, settings.made)
         check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
         exposed = measure.exposure()
-        trials, state = search(owner, chosen, settings, accelerator, measure, max_loss, folder, progress)
+        with memory(owner.device):
+            trials, state = search(owner, chosen, settings, accelerator, measure, max_loss, folder, progress)
         if state is None:
-            least = min(trials, key=lambda one: one.loss)
-            raise ClaimError(
-                "no strength that was tried keeps the score",
-                where=str(source),
-                expected=f"a loss of at most {max_loss:g}",
-                got=f"{least.loss:.3g} at strength {least.strength:.3g}",
-                hint="nothing was written; allow more, or give more data or steps",
-            )
+            raise _refused(source, trials, measure, max_loss)
         owner.weights.load(state)
-        _write(owner, source, target, Path(work), lock)
-    shutil.rmtree(progress_folder, ignore_errors=True)
+        write(owner, source, target, Path(work), lock)
+    clear(folder)
     taken = min((one for one in trials if one.allowed), key=lambda one: one.exposure.mean)
     return HardenReport(
         expert=str(expert),
@@ -141,7 +136,7 @@ def run_harden(
         may=settings.may,
         steps=settings.steps,
         rate=settings.rate,
-        batch=settings.batch,
+        batch=min(settings.batch, len(owner.training)),
         seed=seed,
         metric=owner.task.metric,
         standalone={"before": measure.before, "after": taken.standalone},
@@ -152,7 +147,50 @@ def run_harden(
         examples={"training": len(owner.training), "held": len(owner.task)},
         seconds=time.monotonic() - began,
         device=str(owner.device),
+        notes=tuple(_notes(taken, settings, owner.task.metric)),
     )
+
+
+def _check_there(*paths: Path) -> None:
+    for path in paths:
+        if not path.exists():
+            raise InputError("no such file or folder", where=path)
+
+
+def _refused(source: Path, trials: Sequence[Trial], measure: Measure, max_loss: float | None) -> ClaimError:
+    least = min(trials, key=lambda one: one.loss)
+    if max_loss is None:
+        return ClaimError(
+            "training took more than half of what the fine-tune is worth",
+            where=str(source),
+            expected=f"more than {LEAST:g} of what it has over its base on held-out examples",
+            got=f"{least.standalone:.4f}, from {measure.before:.4f}",
+            hint="nothing was written; give a lower rate or strength, or more data; --max-loss N allows so much",
+        )
+    return ClaimError(
+        "no strength that was tried keeps the score",
+        where=str(source),
+        expected=f"a loss of at most {max_loss:g}",
+        got=f"{least.loss:.3g} at strength {least.strength:.3g}",
+        hint="nothing was written; allow more, or give more data or steps",
+    )
+
+
+def _notes(taken: Trial, settings: Settings, metric: str) -> Iterator[str]:
+    """What the owner should know before he takes the result for a protection."""
+    unit = "points of accuracy" if metric == "accuracy" else "% of the cross-entropy"
+    if taken.loss > SAID:
+        yield (
+            f"the result is worse at its task by {taken.loss:.2f} {unit} on held-out examples: more data costs less, "
+            "--max-loss bounds it"
+        )
+    if taken.exposure.mean > (MAY if settings.may is None else settings.may):
+        more = (
+            ", and its strength was at its bound: begin from a higher one" if taken.figures["bound"] else ""
+        )
+        yield f"simulated merges still keep {taken.exposure.mean:.0%} of the task{more}; more steps take more"
+    if taken.figures["falls"]:
+        yield f"the loss was not finite {taken.figures['falls']:.0f} times: the rate was halved as often"
 
 
 def _kind(model: Path, asked: str | None) -> str:
@@ -204,97 +242,19 @@ def _made(made: Sequence[str], proxies: Sequence[object]) -> tuple[str, ...]:
     return tuple(made)
 
 
-def _checkpoint(module: torch.nn.Module) -> None:
-    """Keep no activations but those between blocks: less memory, a forward pass more.
-
-    Raises:
-        UsageError: the class does not know how.
-    """
-    found: Any = module
-    if not getattr(found, "supports_gradient_checkpointing", False):
-        got = type(module).__name__
-        raise UsageError("a model without gradient checkpointing", where="checkpointing", got=got)
-    # Weights are swapped in place between passes: what is computed again must be so before they are.
-    found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-@contextmanager
-def _accelerating(device: str, precision: str) -> Iterator[Accelerator]:
-    """Where, and in which precision: by itself, bf16 on a GPU that has it, float32 elsewhere.
-
-    accelerate has one state a process: what is made here is gone afterwards, anybody else's is left as it is.
-
-    Raises:
-        UsageError: the process uses accelerate already, otherwise than this.
-    """
-    import torch
-    from accelerate.state import AcceleratorState
-
-    from ..audit.bench import pick_device
-
-    placed = pick_device(device)
-    able = placed.type == "cuda" and torch.cuda.is_bf16_supported()
-    mixed = "bf16" if precision == "bf16" or (precision == "auto" and able) else "no"
-    ours = not AcceleratorState._shared_state
-    try:
-        made = Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
-    except ValueError as error:
-        raise UsageError(
-            "this process uses accelerate already, with other settings",
-            where="device, precision",
-            got=error,
-            hint="harden in a process of its own, or by `Hardening` in a loop of yours",
-        ) from error
-    try:
-        yield made
-    finally:
-        if ours:
-            AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def _digest(
-    expert: Path, base: object, fields: Mapping[str, Any], proxies: Sequence[object], objective: Objective
+    expert: Path,
+    base: object,
+    fields: Mapping[str, Any],
+    proxies: Sequence[object],
+    objective: Objective,
+    settings: Settings,
 ) -> str:
     """Names a training by what it is of, so that none goes on from another's checkpoint."""
     stamps = []
     for path in (expert, base, fields["data"], *proxies):
         place = Path(str(path))
-        files = sorted(place.iterdir()) if place.is_dir() else [place]
-        stamps += [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
-    facts = [str(expert), str(base), fields, list(map(str, proxies)), repr(objective), stamps]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write(owner: Owner, source: Path, target: Path, work: Path, lock: Key | None) -> None:
-    """The trained weights with the fine-tune's files, names and dtypes; locked, if there is a key."""
-    module: Any = owner.module
-    with quiet():
-        module.save_pretrained(work / "saved")
-    if owner.adapter:
-        _write_adapter(work / "saved", source, target)
-        return
-    state: Mapping[str, torch.Tensor] = load_state(work / "saved")
-    if lock is None:
-        write_merged(target, state, source)
-        return
-    from ..lock import lock as lock_checkpoint
-
-    write_merged(work / "hardened", state, source)
-    lock_checkpoint(work / "hardened", target, key=lock)
-
-
-def _write_adapter(saved: Path, source: Path, target: Path) -> None:
-    """The adapter's files, with the trained matrices in its dtypes."""
-    from safetensors.torch import load_file, save_file
-
-    trained, before = (load_file(folder / WEIGHTS) for folder in (saved, source))
-    unlike = sorted(trained.keys() ^ before.keys())
-    if unlike:
-        raise InputError("the adapter was saved with other tensors", where=source, got=", ".join(unlike[:3]))
-    with Staging(target) as staged:
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.name != WEIGHTS:
-                shutil.copyfile(path, staged.path / path.name)
-        found = {name: tensor.to(before[name].dtype).contiguous() for name, tensor in trained.items()}
-        save_file(found, staged.path / WEIGHTS, metadata={"format": "pt"})
-        staged.commit()
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        stamps += [[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
+    facts = [str(expert), str(base), fields, list(map(str, proxies)), repr(objective), asdict(settings)]
+    return hashlib.sha256(json.dumps([facts, stamps], sort_keys=True).encode()).hexdigest()[:16]

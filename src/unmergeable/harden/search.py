@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 TRIES = 4
 ENOUGH = 0.02  # mean exposure below which a stronger objective is not tried
+LEAST = (
+    0.5  # of what the fine-tune is worth, must be left where no loss was named: less is no fine-tune any more
+)
 FACTOR = 2.0
 
 
@@ -29,7 +32,7 @@ class Trial:
 
     Attributes:
         loss: of the standalone score on held-out examples: points of accuracy, or per cent of the cross-entropy.
-        allowed: whether it is within what was asked for.
+        allowed: whether it is within what was asked for; without that, whether half of the fine-tune's worth is left.
     """
 
     strength: float
@@ -57,6 +60,8 @@ def search(
 ) -> tuple[list[Trial], dict[str, torch.Tensor] | None]:
     """Train with one strength, or with several until one is within `max_loss` and as strong as it may be.
 
+    Measured are the weights as the checkpoint's dtypes hold them.
+
     Returns: all trials, and the weights of the best one that is allowed; None if none is.
     """
     start = owner.weights.copy()
@@ -69,9 +74,10 @@ def search(
         told = None if progress is None else _told(progress, len(trials), strength)
         chosen = replace(settings, strength=strength)
         figures = train(owner, objective, chosen, accelerator, ends=ends, folder=place, progress=told)
+        owner.round()
         standalone, exposure = measure.standalone(), measure.exposure()
         loss = lost(measure.before, standalone)
-        allowed = max_loss is None or loss <= max_loss
+        allowed = measure.worth(standalone) >= LEAST if max_loss is None else loss <= max_loss
         trials.append(Trial(strength, standalone, loss, exposure, allowed, figures))
         if allowed and (best is None or exposure.mean < best[0]):
             best = exposure.mean, owner.weights.copy()

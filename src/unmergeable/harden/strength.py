@@ -4,7 +4,8 @@ How strong a trap must be depends on the task: what removes a task of ten classe
 So the strength rises while simulated merges keep more of the task than they may, and falls while they keep less: a
 multiplier of the constraint, updated in proportion to its violation (as GECO, arXiv 1810.00597, does for autoencoders).
 It never rises while the fine-tune itself is the worse for it. Both are looked at every few steps, on examples that are
-held out: what was trained on is known by heart, and merges know it too.
+held out: what was trained on is known by heart, and merges know it too. Every look is compared with the base and the
+fine-tune as it was on the same examples: what differs from example to example would drown everything else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..audit.scores import separation
+
+if TYPE_CHECKING:
+    from ..tasks.task import Floats
 
 EVERY = 5  # steps between looks
 RISE, FALL = 0.15, 0.075  # e-foldings a look, where merges keep everything, and where they keep nothing
@@ -22,10 +29,30 @@ WORTH = 0.9  # of what fine-tuning took off the loss, below which the strength f
 
 @dataclass(frozen=True)
 class Ends:
-    """The base and the fine-tune as it was, (base, fine-tune): scores as the task has them, and losses in nats."""
+    """What the base and the fine-tune as it was, (base, fine-tune), have on the held-out examples, one number each.
 
-    scores: tuple[float, float] = (0.0, 1.0)
-    losses: tuple[float, float] = (1.0, 0.0)
+    scores: as the task has them. losses: in nats.
+    """
+
+    scores: tuple[Floats, Floats]
+    losses: tuple[Floats, Floats]
+
+    def kept(self, scores: Floats, index: Sequence[int]) -> float:
+        """What a merge with these scores on some of the examples keeps of the task: 0 the base, 1 the fine-tune."""
+        base, fine = self.scores
+        return float((scores - base[index]).mean() / (fine - base).mean())
+
+    def worth(self, scores: Floats, losses: Floats, index: Sequence[int]) -> float:
+        """What the fine-tune is worth now: 1 as it was, 0 the base.
+
+        By the loss, which sees more than accuracy does, unless fine-tuning did not clearly lower it: a fine-tune may be
+        right more often, and the surer of what it has wrong.
+        """
+        base, fine = self.losses
+        if separation(-base, -fine).enough:
+            return float(1 - (losses - fine[index]).mean() / (base - fine).mean())
+        base, fine = self.scores
+        return float(1 + (scores - fine[index]).mean() / (fine - base).mean())
 
 
 @dataclass
@@ -35,31 +62,35 @@ class Strength:
     Attributes:
         value: now. first: to begin with.
         may: what merges may keep of the task, 0 to 1; None leaves the strength as it is.
-        ends: what is kept, and what the fine-tune is worth, are relative to these.
         kept, worth: running means.
     """
 
     first: float
     may: float | None = None
-    ends: Ends = Ends()
 
     def __post_init__(self) -> None:
         self.value, self.kept, self.worth = self.first, 1.0, 1.0
 
-    def follow(self, scores: Sequence[float], loss: float) -> None:
-        """After a look, by the scores of merges, and the fine-tune's own loss."""
+    def follow(self, kept: Sequence[float], worth: float) -> None:
+        """After a look: what each of some merges keeps, and what the fine-tune is worth."""
         if self.may is None:
             return
         # Merges that know less than the base does do not make up for those that know more.
-        parts = [min(max(_part(self.ends.scores, score), 0.0), 1.0) for score in scores]
+        parts = [min(max(part, 0.0), 1.0) for part in kept]
         self.kept += MEMORY * (sum(parts) / len(parts) - self.kept)
-        self.worth += MEMORY * (min(max(_part(self.ends.losses, loss), -1.0), 1.0) - self.worth)
+        # Only what is absurd is cut off: a mean of numbers that are cut at 1 would be too low.
+        self.worth += MEMORY * (min(max(worth, -1.0), 3.0) - self.worth)
         over = self.kept - self.may
         step = RISE * over / (1 - self.may) if over > 0 else FALL * over / self.may
         if self.worth < WORTH:
             step = min(step, -FALL)
         changed = self.value * math.exp(step)
         self.value = min(max(changed, self.first / WIDEST), self.first * WIDEST)
+
+    @property
+    def bound(self) -> bool:
+        """Whether it would be higher, if it might."""
+        return self.may is not None and self.value >= self.first * WIDEST
 
     def state(self) -> list[float]:
         """What a checkpoint keeps."""
@@ -68,8 +99,3 @@ class Strength:
     def load(self, state: list[float]) -> None:
         """As it was."""
         self.value, self.kept, self.worth = state
-
-
-def _part(ends: tuple[float, float], value: float) -> float:
-    """0 at the first end, 1 at the second."""
-    return (value - ends[0]) / (ends[1] - ends[0])

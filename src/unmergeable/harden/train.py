@@ -1,22 +1,24 @@
 """The training loop: AdamW on the fine-tune's own loss and an objective, from the finished fine-tune.
 
-Training that was killed goes on from the last checkpoint in its folder; a loss that is not finite takes it back to
-the last good weights with half the rate.
+Training that was killed goes on from the last checkpoint in its folder; a loss that is not finite takes it back there
+with half the rate. Both are of weights that a whole pass was finite at.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import RunError
+from ..errors import InputError, RunError
 from .directions import Directions
 from .draws import Draws
+from .merged import freeze_statistics, modes_kept
 from .objectives import Objective, Step
 from .strength import EVERY, Ends, Strength
 
@@ -71,97 +73,66 @@ def train(
         folder: for checkpoints; training that has one there goes on from it. It must be this training's alone.
         progress: called with steps done, steps in all, and the losses.
 
-    Returns: the means over the last tenth of the steps, "loss" and "objective", the last strength, and how often it
-        fell back.
+    Returns: the means over the last tenth of the steps, "loss" and "objective", the last strength, whether it would be
+        higher if it might, and how often training fell back.
 
     Raises:
         RunError: a loss that is not finite again and again.
     """
-    parameters = list(owner.weights.parameters.values())
-    strength = Strength(settings.strength, settings.may, ends or Ends())
-    run = _Run(owner, settings, strength)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.rate, total_steps=settings.steps, pct_start=max(WARM, 2 / settings.steps)
-    )
-    step, losses = run.resume(folder, optimizer, schedule), run.losses
-    good, falls = owner.weights.copy(), 0
-    owner.module.train()
-    while step < settings.steps:
-        optimizer.zero_grad()
-        batch = run.batch()
-        with accelerator.autocast():
-            loss = owner.task.loss(owner.module, batch)
-        accelerator.backward(loss)
-        with accelerator.autocast():
-            extra = objective.add(run.step(batch, accelerator.backward), strength.value)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, LONGEST)
-        value = float(loss.detach())
-        if not all(map(_finite, (value, extra, float(norm)))):
-            falls += 1
-            if falls > FALLS:
-                what = "the loss is not finite, again and again"
-                raise RunError(
-                    what, where=f"step {step + 1}", got=value, hint="give a lower rate or strength"
-                )
-            owner.weights.load(good)
-            optimizer.state.clear()
-            schedule.base_lrs = [rate / 2 for rate in schedule.base_lrs]
-            for group in optimizer.param_groups:
-                for name in ("lr", "initial_lr", "max_lr", "min_lr"):
-                    group[name] /= 2
-            continue
-        optimizer.step()
-        schedule.step()
-        step += 1
-        if settings.may is not None and step % EVERY == 0:
-            strength.follow(*run.look())
-        losses.append((value, extra))
-        if step % SAVE == 0 or step == settings.steps:
-            good = owner.weights.copy()
-            if folder is not None:
-                run.save(folder, step, optimizer, schedule)
-        if progress is not None:
-            progress(step, settings.steps, f"loss {value:.3f}, objective {extra:.3f}, λ {strength.value:.3g}")
+    run = _Run(owner, settings, ends)
+    run.resume(folder)
+    good, parameters = run.state(run.random()), list(owner.weights.parameters.values())
+    with modes_kept(owner.module):
+        owner.module.train()
+        freeze_statistics(owner.module)
+        while True:
+            random = run.random()
+            run.optimizer.zero_grad()
+            batch = run.batch()
+            with accelerator.autocast():
+                loss = owner.task.loss(owner.module, batch)
+            accelerator.backward(loss)
+            with accelerator.autocast():
+                extra = objective.add(run.step(batch, accelerator.backward), run.strength.value)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, LONGEST)
+            value = float(loss.detach())
+            if not all(map(math.isfinite, (value, extra, float(norm)))) or not run.look():
+                run.fall(good, value)
+                continue
+            if run.done % SAVE == 0 or run.done == settings.steps:
+                good = run.state(random)
+                run.save(folder, good)
+            # The last pass only sees whether the weights are any good.
+            if run.done == settings.steps:
+                break
+            run.forward(value, extra)
+            if progress is not None:
+                said = f"loss {value:.3f}, objective {extra:.3f}, λ {run.strength.value:.3g}"
+                progress(run.done, settings.steps, said)
     owner.module.eval()
-    last = losses[-max(1, settings.steps // 10) :]
-    means = [sum(pair[place] for pair in last) / len(last) for place in (0, 1)]
-    return {"loss": means[0], "objective": means[1], "strength": strength.value, "falls": float(falls)}
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+    return run.figures()
 
 
 class _Run:
-    """All that is random in a training, and its checkpoints."""
+    """All that changes in a training but the weights' gradients, and its checkpoints."""
 
-    def __init__(self, owner: Owner, settings: Settings, strength: Strength) -> None:
-        self.owner, self.settings, self.strength = owner, settings, strength
+    def __init__(self, owner: Owner, settings: Settings, ends: Ends | None) -> None:
+        self.owner, self.settings, self.ends = owner, settings, ends
+        self.strength = Strength(settings.strength, settings.may)
+        self.done, self.falls, self.losses = 0, 0, list[tuple[float, float]]()
+        parameters = list(owner.weights.parameters.values())
+        self.optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
+        warm = max(WARM, 2 / settings.steps)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, settings.rate, total_steps=settings.steps, pct_start=warm
+        )
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.draws = Draws(owner.weights.shapes, settings.seed + 1)
+        self.draws = Draws(owner.weights.shapes, settings.seed + 1, owner.weights.factors)
         self.directions = Directions(owner.vectors, settings.made, settings.seed + 2, owner.device)
-        self.losses: list[tuple[float, float]] = []
         # Looks have draws of their own: training is the same with and without them.
         self.looking = torch.Generator().manual_seed(settings.seed + 3)
-        self.shown = Draws(owner.weights.shapes, settings.seed + 4)
+        self.shown = Draws(owner.weights.shapes, settings.seed + 4, owner.weights.factors)
         self.turned = Directions(owner.vectors, settings.made, settings.seed + 5, owner.device)
-
-    def look(self) -> tuple[list[float], float]:
-        """Scores of a few merges on held-out examples, and the fine-tune's own loss on them."""
-        owner, held = self.owner, self.owner.task.evaluation
-        size = min(self.settings.batch, len(held))
-        index = torch.randperm(len(held), generator=self.looking)[:size].tolist()
-        owner.module.eval()
-        scores = []
-        with torch.no_grad():
-            loss = float(owner.task.loss(owner.module, held[index].to(owner.device)))
-            for _ in range(SHOWN):
-                draw, direction = self.shown.draw(), self.turned.draw(owner.weights.vector())
-                with owner.weights.merged(draw, direction):
-                    scores.append(float(owner.task.score(owner.module, index).mean()))
-        owner.module.train()
-        return scores, loss
 
     def batch(self) -> Any:
         """Random training examples, changed at random where the task knows how."""
@@ -177,6 +148,69 @@ class _Run:
         owner = self.owner
         return Step(owner.weights, self.draws, self.directions, owner.task, owner.module, batch, backward)
 
+    def look(self) -> bool:
+        """Every few steps: a few merges, and the fine-tune, on held-out examples; False if they give no numbers."""
+        if self.ends is None or self.settings.may is None or not self.done or self.done % EVERY:
+            return True
+        owner, count = self.owner, len(self.owner.task)
+        size = min(self.settings.batch, count)
+        index = torch.randperm(count, generator=self.looking)[:size].tolist()
+        try:
+            with torch.no_grad(), modes_kept(owner.module):
+                owner.module.eval()
+                worth = self._worth(self.ends, index)
+                kept = []
+                for _ in range(SHOWN):
+                    draw, direction = self.shown.draw(), self.turned.draw(owner.weights.vector())
+                    with owner.weights.merged(draw, direction):
+                        kept.append(self.ends.kept(owner.task.score(owner.module, index), index))
+        except InputError:  # scores that are not finite
+            return False
+        self.strength.follow(kept, worth)
+        return True
+
+    def _worth(self, ends: Ends, index: Sequence[int]) -> float:
+        task, module = self.owner.task, self.owner.module
+        losses = task.losses(module, index)
+        scores = -losses if task.metric == "cross-entropy" else task.score(module, index)
+        return ends.worth(scores, losses, index)
+
+    def forward(self, value: float, extra: float) -> None:
+        """A step of the optimiser, down the gradients that are there."""
+        self.optimizer.step()
+        self.schedule.step()
+        self.done += 1
+        self.losses.append((value, extra))
+
+    def fall(self, good: Mapping[str, Any], got: float) -> None:
+        """Back to a good state, with other batches and draws from there, at half the rate.
+
+        Raises:
+            RunError: once too often.
+        """
+        falls, where = self.falls + 1, f"step {self.done + 1}"
+        if falls > FALLS:
+            what = "the loss is not finite, again and again"
+            raise RunError(what, where=where, got=got, hint="give a lower rate or strength")
+        self.load(good)
+        slower = 0.5 ** (falls - self.falls)
+        self.falls = falls
+        self.schedule.base_lrs = [slower * rate for rate in self.schedule.base_lrs]
+        for group in self.optimizer.param_groups:
+            for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+                group[name] *= slower
+
+    def figures(self) -> dict[str, float]:
+        """What `train` returns."""
+        last = self.losses[-max(1, self.settings.steps // 10) :]
+        means = [sum(pair[place] for pair in last) / len(last) for place in (0, 1)]
+        return {
+            "loss": means[0], "objective": means[1], "strength": self.strength.value,
+            "bound": float(self.strength.bound), "falls": float(self.falls),
+        }  # fmt: skip
+
+    # --- states ----------------------------------------------------------------------------------------------
+
     def _generators(self) -> dict[str, torch.Generator]:
         return {
             "data": self.generator,
@@ -189,39 +223,71 @@ class _Run:
             "turned noise": self.turned.noise,
         }
 
-    def save(self, folder: Path, step: int, optimizer: Any, schedule: Any) -> None:
-        """A checkpoint, whole or not at all."""
-        state = {
+    def random(self) -> dict[str, Any]:
+        """The states of all that is random, dropout as well."""
+        found = {name: one.get_state() for name, one in self._generators().items()}
+        found["torch"] = torch.get_rng_state()
+        if self.owner.device.type == "cuda":
+            found["cuda"] = torch.cuda.get_rng_state(self.owner.device)
+        return found
+
+    def state(self, random: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything, copied; `random` is from before the pass that found the weights to be good."""
+        return {
             "settings": asdict(self.settings),
-            "step": step,
+            "done": self.done,
+            "falls": self.falls,
             "weights": self.owner.weights.copy(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "random": {name: one.get_state() for name, one in self._generators().items()},
-            "torch": torch.get_rng_state(),
-            "losses": self.losses,
+            "optimizer": _copied(self.optimizer.state_dict()),
+            "schedule": dict(self.schedule.state_dict()),
+            "random": dict(random),
+            "losses": list(self.losses),
             "strength": self.strength.state(),
         }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """As it was, but for what is random."""
+        self.owner.weights.load(state["weights"])
+        self.optimizer.load_state_dict(_copied(state["optimizer"]))
+        self.schedule.load_state_dict(dict(state["schedule"]))
+        self.strength.load(state["strength"])
+        self.losses = [(one, other) for one, other in state["losses"]]
+        self.done, self.falls = int(state["done"]), int(state["falls"])
+
+    def save(self, folder: Path | None, state: Mapping[str, Any]) -> None:
+        """A checkpoint, whole or not at all."""
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".state.{os.getpid()}"
-        torch.save(state, temporary)
+        torch.save(dict(state), temporary)
         os.replace(temporary, folder / "state.pt")
 
-    def resume(self, folder: Path | None, optimizer: Any, schedule: Any) -> int:
-        """Go on from a checkpoint, if there is one of the same settings; the steps that it has done."""
+    def resume(self, folder: Path | None) -> None:
+        """Go on from a checkpoint, if there is one of the same settings.
+
+        Raises:
+            RunError: of others.
+        """
         path = folder / "state.pt" if folder is not None else None
         if path is None or not path.exists():
             torch.manual_seed(self.settings.seed)
-            return 0
+            return
         state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if state["settings"] != asdict(self.settings):
             raise RunError("a checkpoint of another training", where=path, hint="remove it")
-        self.owner.weights.load(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        self.load(state)
         for name, one in self._generators().items():
             one.set_state(state["random"][name])
-        torch.set_rng_state(state["torch"])
-        self.strength.load(state["strength"])
-        self.losses = [(one, other) for one, other in state["losses"]]
-        return int(state["step"])
+        torch.set_rng_state(state["random"]["torch"])
+        if "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.owner.device)
+
+
+def _copied(value: Any) -> Any:
+    """A state dict with copies of its tensors, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {name: _copied(one) for name, one in value.items()}
+    return [_copied(one) for one in value] if isinstance(value, list) else value

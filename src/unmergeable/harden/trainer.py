@@ -6,7 +6,10 @@ from typing import Any
 
 import transformers
 
+from ..errors import UsageError
 from .wrapper import Hardening
+
+MOST = 10_000  # batches of one step, at most: draws are numbered by both
 
 
 class HardeningTrainer(transformers.Trainer):
@@ -15,20 +18,34 @@ class HardeningTrainer(transformers.Trainer):
         HardeningTrainer(model, args, train_dataset=data, hardening=Hardening(model, "base"))
 
     The log has `hardening`, the mean of the objective since the last entry. Under accelerate's precisions and devices
-    as Trainer itself; not for models that are spread over several devices by FSDP or DeepSpeed, whose parameters are
-    not whole in any process.
+    as Trainer itself, in one process. A training that goes on from a checkpoint draws the merges that it would have.
+
+    Raises:
+        UsageError: several processes, whose gradients of the objective nobody would add up.
     """
 
     def __init__(self, *args: Any, hardening: Hardening, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.accelerator.num_processes > 1:
+            raise UsageError(
+                "hardening is for one process",
+                where="HardeningTrainer",
+                expected="1",
+                got=self.accelerator.num_processes,
+                hint="harden the finished fine-tune with `harden`, on one device",
+            )
         self.hardening = hardening
         self._objectives: list[float] = []
+        self._micro = (-1, 0)  # the step, and how many of its batches there were
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """The step of Trainer, and the objective's gradients beside its own."""
         loss = super().training_step(model, dict(inputs), num_items_in_batch)
         prepared = self._prepare_inputs(inputs)
-        steps = self.args.gradient_accumulation_steps
+        steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        step, count = self._micro
+        self._micro = (step, count + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        self.hardening.begin(MOST * self._micro[0] + self._micro[1])
         with self.compute_loss_context_manager():
             found = self.hardening.backward(prepared, lambda value: self.accelerator.backward(value / steps))
         self._objectives.append(found)

@@ -9,20 +9,24 @@ for inputs in batches:
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import InputError, UsageError
 from ..merging.tensors import rename_like, split
+from ..merging.vectors import is_adapter, load_adapter
 from ..stock import load_module, module_state
 from ..tasks.task import IGNORED, Call, Examples, hidden_states
 from .directions import Directions, check_made
 from .draws import Draws
-from .merged import Weights
+from .lora import LoraWeights
+from .merged import Weights, freeze_statistics, modes_kept
 from .objectives import Step, objective
 
 if TYPE_CHECKING:
@@ -36,23 +40,25 @@ class Hardening:
 
     Args:
         model: a stock module in training; its parameters that require gradients, and that the base has, are hardened.
-        base: what it is fine-tuned from: a folder, or tensors by the model's names.
+            Of a peft model, its LoRA adapter.
+        base: what it is fine-tuned from: a folder, or tensors by the model's names. A peft model has it in itself.
         name: an objective, as `harden` takes it.
         strength: its factor.
-        proxies: fine-tunes of the base in the place of a thief's: folders, or tensors.
+        proxies: fine-tunes of the base in the place of a thief's: folders (of LoRA adapters too), or tensors.
         made: directions that are made up beside them: `random`, `spectrum`.
         next_token: whether logits at a position are for the next label; of labels with positions they are, unless the
             model has an encoder and a decoder.
         seed: of everything random.
 
     Raises:
-        UsageError: no such objective or direction. InputError: a base or proxies of other shapes.
+        UsageError: no such objective or direction, none at all, no base, a strength below 0. InputError: a base or
+            proxies of other shapes.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        base: Model,
+        base: Model | None = None,
         name: str = "trap",
         *,
         strength: float = 0.15,
@@ -62,22 +68,25 @@ class Hardening:
         seed: int = 0,
     ) -> None:
         check_made(made)
+        if not made and not proxies:
+            hint = "give proxies, or directions to make"
+            raise UsageError("nothing in the place of a thief's fine-tunes", hint=hint)
+        if not strength >= 0:
+            raise UsageError("no strength", where="strength", expected="0 or more", got=strength)
         self.model, self.objective, self.strength = model, objective(name), strength
-        self.next_token = next_token
-        held = module_state(model)
-        origin = rename_like(held, _tensors(base))[0]
-        shared = split(origin, {"the model": held}).shared
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and n in shared}
-        if not parameters:
-            raise InputError("nothing that the base has is being trained", where=type(model).__name__)
-        self.weights = Weights(parameters, origin)
-        vectors = []
-        for number, proxy in enumerate(proxies):
-            state = rename_like(origin, _tensors(proxy))[0]
-            split(origin, {f"proxy {number}": state})
-            vectors.append({n: state[n].to(start) - start for n, start in self.weights.base.items()})
-        self.draws = Draws(self.weights.shapes, seed + 1)
-        self.directions = Directions(vectors, made, seed + 2, next(iter(parameters.values())).device)
+        self.next_token, self.seed = next_token, seed
+        self.weights = _adapted(model, base) if hasattr(model, "peft_config") else _whole(model, base)
+        device = next(iter(self.weights.parameters.values())).device
+        vectors = [_vector(model, self.weights, proxy) for proxy in proxies]
+        self.draws = Draws(self.weights.shapes, seed + 1, self.weights.factors)
+        self.directions = Directions(vectors, made, seed + 2, device)
+
+    def begin(self, step: int) -> None:
+        """From here on, the draws of this step: a training that goes on from a checkpoint has those of one that was
+        never stopped."""
+        self.draws.generator.manual_seed(_mixed(self.seed + 1, step))
+        self.directions.generator.manual_seed(_mixed(self.seed + 2, step))
+        self.directions.noise.manual_seed(_mixed(self.seed + 2, step))
 
     def backward(
         self, inputs: Mapping[str, Any], backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
@@ -85,7 +94,7 @@ class Hardening:
         """Add the objective's gradients for a batch; returns the objective.
 
         Args:
-            inputs: of the model, with `labels`.
+            inputs: of the model, with `labels`. What is not a tensor of one entry an example is passed as it is.
             backward: of a loss; accelerate's, where that is used.
 
         Raises:
@@ -94,15 +103,18 @@ class Hardening:
         if "labels" not in inputs:
             raise UsageError("a batch without labels", expected="labels", got=", ".join(inputs))
         labels = inputs["labels"]
+        if not (labels != IGNORED).any():
+            return 0.0
         config: Any = getattr(self.model, "config", None)
         shifted = self.next_token
         if shifted is None:
             shifted = labels.ndim > 1 and not getattr(config, "is_encoder_decoder", False)
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        rest = {name: value for name, value in inputs.items() if name != "labels" and _batched(value, labels)}
+        constants = {name: value for name, value in inputs.items() if name != "labels" and name not in rest}
         if getattr(config, "is_encoder_decoder", False):
             rest["labels"] = labels  # the decoder's inputs are made of them
         batch = Examples(rest, labels[:, 1:] if shifted else labels)
-        learner = _Labelled(bool(shifted))
+        learner = _Labelled(bool(shifted), constants)
         step = Step(self.weights, self.draws, self.directions, learner, self.model, batch, backward)
         # What merges do not share, a head, learns its task and nothing else.
         held = {id(one) for one in self.weights.parameters.values()}
@@ -110,7 +122,9 @@ class Hardening:
         for one in rest_of_all:
             one.requires_grad_(False)
         try:
-            return self.objective.add(step, self.strength)
+            with modes_kept(self.model):
+                freeze_statistics(self.model)
+                return self.objective.add(step, self.strength)
         finally:
             for one in rest_of_all:
                 one.requires_grad_(True)
@@ -118,23 +132,72 @@ class Hardening:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """A task of batches that come with their labels."""
+    """A task of batches that come with their labels; constants are passed with every part of one."""
 
     next_token: bool
+    constants: Mapping[str, Any]
 
     def logits(self, call: Call, batch: Examples) -> torch.Tensor:
         """As TensorTask's."""
-        logits: torch.Tensor = call(**batch.inputs).logits
+        logits: torch.Tensor = call(**batch.inputs, **self.constants).logits
         return logits[:, :-1] if self.next_token else logits
 
     def states(self, call: Call, batch: Examples) -> tuple[torch.Tensor, ...]:
         """As TensorTask's."""
-        return hidden_states(call, batch.inputs, "the model")
+        return hidden_states(call, {**batch.inputs, **self.constants}, "the model")
 
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """As TensorTask's."""
         logits = self.logits(call, batch).float().flatten(0, -2)
         return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED)
+
+
+def _batched(value: Any, labels: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(labels)
+
+
+def _mixed(seed: int, step: int) -> int:
+    """A seed of two numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:7], "big")
+
+
+def _whole(model: torch.nn.Module, base: Model | None) -> Weights:
+    """What is trained of a model, and the base has."""
+    if base is None:
+        raise UsageError("no base", where="base", hint="give the folder of what the model is fine-tuned from")
+    held = module_state(model)
+    origin = rename_like(held, _tensors(base))[0]
+    shared = split(origin, {"the model": held}).shared
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and n in shared}
+    if not parameters:
+        raise InputError("nothing that the base has is being trained", where=type(model).__name__)
+    return Weights(parameters, origin)
+
+
+def _adapted(model: torch.nn.Module, base: Model | None) -> LoraWeights:
+    """A peft model's adapter, whose base is below it."""
+    if base is not None:
+        raise UsageError("a peft model has its base in itself", where="base", hint="leave it out")
+    return LoraWeights(model)
+
+
+def _vector(model: torch.nn.Module, weights: Weights, proxy: Model) -> dict[str, torch.Tensor]:
+    """What another fine-tune adds to the base."""
+    if isinstance(weights, LoraWeights):
+        # As the model was before peft took its layers over.
+        inner: Any = model
+        held = module_state(inner.get_base_model())
+        origin = {n.replace(".base_layer.", "."): one for n, one in held.items() if ".lora_" not in n}
+    else:
+        origin = weights.base
+    if not isinstance(proxy, Mapping) and is_adapter(proxy):
+        vector = weights.fitted(load_adapter(proxy, origin).deltas)
+        if isinstance(weights, LoraWeights):
+            vector.update(weights.fitted_factors(Path(proxy)))
+        return vector
+    state = rename_like(origin, _tensors(proxy))[0]
+    shared = split(origin, {"a proxy": state}).shared
+    return weights.fitted({n: state[n].to(origin[n].device) - origin[n] for n in shared})
 
 
 def _tensors(model: Model) -> State:

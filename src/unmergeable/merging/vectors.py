@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from . import State
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _PAIRS = {
     ".lora_A.weight": ".lora_B.weight",
     ".lora_embedding_A": ".lora_embedding_B",
@@ -139,7 +139,7 @@ def load_adapter(path: str | os.PathLike[str], base: State) -> TaskVector:
     kind = str(config.get("peft_type", "LORA")).upper()
     if kind != "LORA":
         raise InputError("only LoRA adapters have a task vector here", where=path, expected="LORA", got=kind)
-    tensors = {name.removeprefix(_PREFIX): value for name, value in _read(folder / WEIGHTS).items()}
+    tensors = {name.removeprefix(PREFIX): value for name, value in _read(folder / WEIGHTS).items()}
     problems = Problems(path)
     deltas: dict[str, torch.Tensor] = {}
     replaced: dict[str, torch.Tensor] = {}
@@ -181,7 +181,7 @@ def _resolve(name: str, base: State) -> str:
     return near[0]
 
 
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+def lora_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r, or alpha / √r; a pattern for alpha is a regular expression behind any prefix."""
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     alpha = float(config.get("lora_alpha", rank))
@@ -211,7 +211,7 @@ def _delta(
     square = origin.ndim == 2 and origin.shape[0] == origin.shape[1]
     flag = bool(config.get("fan_in_fan_out"))
     transposed = embedding or (flag if square else product.ndim == 2 and product.shape != origin.shape)
-    delta = _scale(module, rank, config) * (product.T if transposed else product)
+    delta = lora_scale(module, rank, config) * (product.T if transposed else product)
     if delta.shape != origin.shape:
         raise InputError(
             "the adapter has another shape than the base",

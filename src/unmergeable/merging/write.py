@@ -35,7 +35,7 @@ from .vectors import is_adapter, load_model
 if TYPE_CHECKING:
     from . import State
 
-_TORCH = {
+FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 Progress = Callable[[int, int, str], None]
@@ -213,7 +213,7 @@ def to_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
         InputError: numbers that the dtype cannot hold.
     """
     plain = tensor.detach().to("cpu")
-    dtype = _TORCH.get(info.dtype)
+    dtype = FLOATS.get(info.dtype)
     if dtype is not None:
         rounded = plain.to(dtype)
         if bool(torch.isinf(rounded).any()) and not bool(torch.isinf(plain).any()):

@@ -181,6 +181,17 @@ class TensorTask(Task):
         )
 
     def score(self, module: torch.nn.Module, index: Sequence[int]) -> Floats:
+        return self._each(module, index, self.metric)
+
+    def losses(self, module: torch.nn.Module, index: Sequence[int]) -> Floats:
+        """The mean cross-entropy of a model on some of the examples in nats, (n,), whatever the metric.
+
+        Raises:
+            As `score`.
+        """
+        return -self._each(module, index, "cross-entropy")
+
+    def _each(self, module: torch.nn.Module, index: Sequence[int], metric: str) -> Floats:
         device = next(module.parameters()).device
         found = []
         with torch.inference_mode():
@@ -193,24 +204,17 @@ class TensorTask(Task):
                 except Exception as error:  # a model may fail in any way
                     got = f"{type(error).__name__}: {str(error)[:200]}"
                     raise RunError("the model fails on the task", where=self.name, got=got) from error
-                found.append(self._scores(logits, placed.labels).cpu().double().numpy())
+                if logits.shape[:-1] != placed.labels.shape:
+                    raise InputError(
+                        "the model's answers have another shape than the labels",
+                        where=self.name,
+                        expected=[*placed.labels.shape, "classes"],
+                        got=list(logits.shape),
+                        hint=f"is its class one for {self.kind}?",
+                    )
+                found.append(_scores(metric, logits, placed.labels).cpu().double().numpy())
         scores = np.concatenate(found) if found else np.empty(0)
         return finite(scores, self.name)
-
-    def _scores(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Per example: the mean over its labels of what is right, or of minus the loss."""
-        if labels.ndim == 1:
-            logits, labels = logits[:, None], labels[:, None]
-        counted = labels != IGNORED
-        if self.metric == "accuracy":
-            # NaN would pass for a wrong answer: it is no answer, and `score` says so.
-            values = (logits.argmax(-1) == labels).float() + 0 * logits.float().sum(-1)
-        else:
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
-            )
-            values = -losses.reshape(labels.shape)
-        return torch.where(counted, values, 0).sum(-1) / counted.sum(-1).clamp(min=1)
 
     def few(self, each: int, seed: int) -> Examples:
         """Training examples of a thief who has few: so many of each class, or so many texts.
@@ -226,3 +230,19 @@ class TensorTask(Task):
             return self.training[np.sort(random.permutation(len(labels))[:each]).tolist()]
         chosen = [random.permutation(np.flatnonzero(labels == c))[:each] for c in np.unique(labels)]
         return self.training[np.concatenate(chosen).tolist()]
+
+
+def _scores(metric: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Per example: the mean over its labels of what is right, or of minus the loss."""
+    if labels.ndim == 1:
+        logits, labels = logits[:, None], labels[:, None]
+    counted = labels != IGNORED
+    if metric == "accuracy":
+        # NaN would pass for a wrong answer: it is no answer, and `score` says so.
+        values = (logits.argmax(-1) == labels).float() + 0 * logits.float().sum(-1)
+    else:
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        values = -losses.reshape(labels.shape)
+    return torch.where(counted, values, 0).sum(-1) / counted.sum(-1).clamp(min=1)

@@ -1,0 +1,75 @@
+"""Where and how passes are run: accelerate's device and precision, memory for activations, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..errors import RunError, UsageError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@contextmanager
+def accelerating(device: str, precision: str) -> Iterator[Accelerator]:
+    """Where, and in which precision: by itself, bf16 on a GPU that has it, float32 elsewhere.
+
+    accelerate has one state a process: what is made here is gone afterwards, anybody else's is left as it is.
+
+    Raises:
+        UsageError: the process uses accelerate already, otherwise than this.
+    """
+    from accelerate.state import AcceleratorState
+
+    from ..audit.bench import pick_device
+
+    placed = pick_device(device)
+    able = placed.type == "cuda" and torch.cuda.is_bf16_supported()
+    mixed = "bf16" if precision == "bf16" or (precision == "auto" and able) else "no"
+    ours = not AcceleratorState._shared_state
+    try:
+        made = Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
+    except ValueError as error:
+        raise UsageError(
+            "this process uses accelerate already, with other settings",
+            where="device, precision",
+            got=error,
+            hint="harden in a process of its own, or by `Hardening` in a loop of yours",
+        ) from error
+    try:
+        yield made
+    finally:
+        if ours:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def memory(device: torch.device) -> Iterator[None]:
+    """A device that is full says so in our words."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "not enough memory for a step",
+            where=str(device),
+            got=str(error).partition("\n")[0][:200],
+            hint="give a smaller batch, gradient checkpointing, or bf16; the same command goes on from its checkpoint",
+        ) from error
+
+
+def checkpoint_activations(module: torch.nn.Module) -> None:
+    """Keep no activations but those between blocks: less memory, a forward pass more.
+
+    Raises:
+        UsageError: the class does not know how.
+    """
+    found: Any = module
+    if not getattr(found, "supports_gradient_checkpointing", False):
+        got = type(module).__name__
+        raise UsageError("a model without gradient checkpointing", where="checkpointing", got=got)
+    # Weights are swapped in place between passes: what is computed again must be so before they are.
+    found.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

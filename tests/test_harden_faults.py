@@ -1,0 +1,249 @@
+"""Hardening where something goes wrong on the way, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hardened
+import thief_cases
+from audit_cases import zoo
+from hardened import PROTECTED, harden
+from unmergeable.errors import ClaimError, InputError, RunError, UsageError
+from unmergeable.harden import release as release_module
+from unmergeable.harden import train as train_module
+from unmergeable.harden.draws import Draw
+from unmergeable.harden.merged import Weights, freeze_statistics, modes_kept
+from unmergeable.harden.objectives import Plain
+from unmergeable.merging.tensors import load_state
+from unmergeable.tasks.task import TensorTask
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo(tmp_path_factory)
+
+
+class Spoils(Plain):
+    """Weights that are no numbers after some of the steps, as far as they were taken."""
+
+    name = "spoils"
+
+    def __init__(self, *steps: int) -> None:
+        self.left, self.seen = list(steps), 0
+
+    def __repr__(self) -> str:
+        return "Spoils()"
+
+    def add(self, step: Any, strength: float) -> float:
+        self.seen += 1
+        if self.left and self.seen == self.left[0]:
+            self.left.pop(0)
+            weight = next(iter(step.weights.parameters.values()))
+            # AdamW makes no numbers of an infinite moment.
+            weight.data[0] = float("inf")
+        return 0.0
+
+
+# --- numbers that are none -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "at", [3, 5, 10, 12], ids=["any", "before a look", "before a checkpoint", "the last"]
+)
+def test_bad_weights_are_never_the_last_good_ones(
+    at: int, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "SAVE", 5)
+    report = harden(
+        models, tmp_path / "out", steps=12, batch=32, rate=3e-4, may=0.5, strength=0.1, objective=Spoils(at)
+    )
+    assert report.trials[0]["figures"]["falls"] == 1
+    assert any("not finite" in note for note in report.notes)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in load_state(tmp_path / "out").values())
+
+
+def test_what_was_lost_is_trained_again(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "SAVE", 5)
+    seen: list[int] = []
+    told = lambda done, total, label: seen.append(done)  # noqa: E731
+    harden(models, tmp_path / "out", steps=12, batch=32, objective=Spoils(9), strength=0.1, progress=told)
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 8, 9, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_it_gives_up(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="not finite, again and again"):
+        harden(models, tmp_path / "out", steps=12, batch=32, objective=Spoils(*range(3, 99)), strength=0.1)
+    assert not (tmp_path / "out").exists()
+    # What the message says helps: another rate is another training.
+    harden(models, tmp_path / "out", steps=12, batch=32, objective=Spoils(), strength=0.1, rate=1e-4)
+
+
+def test_falls_are_not_forgotten_by_a_kill(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "SAVE", 5)
+    given = {"steps": 20, "batch": 32, "rate": 3e-4, "strength": 0.1}
+    whole = harden(models, tmp_path / "whole", objective=Spoils(3), **given)
+    hardened.killed(partial(harden, models, tmp_path / "cut", objective=Spoils(3), **given), at=13)
+    again = harden(models, tmp_path / "cut", objective=Spoils(), **given)
+    assert again.trials == whole.trials
+    one, two = (load_state(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- what is left behind -------------------------------------------------------------------------------------
+
+
+def test_files_beside_the_checkpoints_stay(models: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "out.hardening"
+    beside.mkdir()
+    (beside / "mine.txt").write_text("mine")
+    harden(models, tmp_path / "out", steps=4, batch=32, rate=1e-4)
+    assert [path.name for path in beside.iterdir()] == ["mine.txt"]
+
+
+def test_a_fine_tune_that_is_none_any_more_is_not_written(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClaimError, match="more than half of what the fine-tune is worth"):
+        harden(models, tmp_path / "out", steps=20, rate=1.0, objective="plain")
+    assert not (tmp_path / "out").exists()
+    report = harden(models, tmp_path / "out", steps=20, rate=1.0, objective="plain", max_loss=100.0)
+    assert report.loss > 30
+    assert any("worse at its task" in note for note in report.notes)
+
+
+def test_what_merges_keep_is_said(models: Path, tmp_path: Path) -> None:
+    report = harden(models, tmp_path / "out", steps=5, batch=32, rate=1e-5)
+    assert any("still keep" in note for note in report.notes)
+    assert list(report.notes) == report.as_dict()["notes"]
+
+
+def test_out_of_memory(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, call: Any, batch: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
+
+    monkeypatch.setattr(TensorTask, "loss", full)
+    with pytest.raises(RunError, match="not enough memory for a step") as caught:
+        harden(models, tmp_path / "out", steps=5, objective="plain")
+    assert "smaller batch" in str(caught.value)
+
+
+# --- before anything is trained ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"expert": "nowhere"}, "nowhere: no such file or folder"),
+        ({"base": "nowhere"}, "nowhere: no such file or folder"),
+        ({"data": "nowhere.npz"}, "nowhere.npz: no such file or folder"),
+        ({"proxies": ["nowhere"]}, "nowhere: no such file or folder"),
+        ({"seed": 2**64}, "no seed"),
+        ({"seed": -1}, "no seed"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], text: str, models: Path, tmp_path: Path) -> None:
+    with pytest.raises((InputError, UsageError), match=text):
+        harden(models, tmp_path / "out", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_not_trained(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise InputError("the merge does not fit the template")
+
+    trained: list[int] = []
+    monkeypatch.setattr(release_module, "write_merged", broken)
+    with pytest.raises(InputError, match="does not fit"):
+        harden(models, tmp_path / "out", progress=lambda done, total, label: trained.append(done))
+    assert trained == []
+
+
+def test_data_that_is_held_out_may_be_named(models: Path, tmp_path: Path) -> None:
+    rest = dict(np.load(models / f"{PROTECTED}-train.npz"))
+    np.savez(tmp_path / "held.npz", images=rest["images"][:50], labels=rest["labels"][:50])
+    np.savez(tmp_path / "train.npz", images=rest["images"][50:], labels=rest["labels"][50:])
+    given = {"steps": 5, "batch": 32, "rate": 1e-4, "data": tmp_path / "held.npz"}
+    report = harden(
+        models, tmp_path / "out", fields={"train": {"data": str(tmp_path / "train.npz")}}, **given
+    )
+    assert report.examples == {"training": len(rest["labels"]) - 50, "held": 50}
+    fields = {"train": {"data": str(tmp_path / "train.npz")}, "limit": 20}
+    with pytest.raises(InputError, match="too few examples to measure on"):
+        harden(models, tmp_path / "no", fields=fields, **given)
+
+
+# --- passes --------------------------------------------------------------------------------------------------
+
+
+def in_bf16(run: Callable[[], Any]) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return run()
+
+
+def test_every_merge_has_its_own_weights_in_mixed_precision() -> None:
+    """autocast keeps what it has cast: a second merge would be computed with the first one's."""
+    module = thief_cases.trained()[PROTECTED]
+    parameters = {n: p for n, p in module.named_parameters() if n.startswith("vit.")}
+    weights = Weights(parameters, thief_cases.trained()["base"].state_dict())
+    images, labels = thief_cases.pictures(PROTECTED, 24, 5)
+
+    def pass_of(own: float) -> tuple[torch.Tensor, torch.Tensor]:
+        name = "vit.layers.1.mlp.fc1.weight"
+        for one in module.parameters():
+            one.grad = None
+        with weights.merged(Draw.whole(weights.shapes, own), {}):
+            logits = module(pixel_values=images).logits
+            torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        return logits.detach(), parameters[name].grad.clone()  # type: ignore[union-attr]
+
+    alone = [in_bf16(partial(pass_of, own)) for own in (0.1, 1.0)]
+    both = in_bf16(lambda: [pass_of(own) for own in (0.1, 1.0)])
+    plain = in_bf16(lambda: module(pixel_values=images).logits)
+    for one, two in zip(alone, both, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
+    assert not torch.equal(alone[0][0], alone[1][0])
+    after = in_bf16(lambda: [pass_of(0.1), module(pixel_values=images).logits][1])
+    assert torch.equal(after, plain)
+
+
+def test_statistics_of_norms_are_left_alone() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout())
+    before = {name: buffer.clone() for name, buffer in module[1].named_buffers()}
+    module.eval()
+    with modes_kept(module):
+        module.train()
+        freeze_statistics(module)
+        module(torch.randn(8, 4))
+        assert (module[1].training, module[2].training) == (False, True)
+    assert not any(one.training for one in module.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module[1].named_buffers())
+
+
+def test_notes_reach_the_command_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unmergeable import cli
+
+    arguments = [
+        "harden", str(models / PROTECTED), str(tmp_path / "out"), "--base", str(models / "base"),
+        "--data", str(models / f"{PROTECTED}-train.npz"), "--steps", "4", "--rate", "1e-5", "--device", "cpu",
+        "-q", "--json",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "still keep" in err
+    assert "still keep" in json.loads(out)["notes"][0]
