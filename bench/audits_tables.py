@@ -118,10 +118,13 @@ def readme(found: Found) -> str:
     for case, result in found.values():
         if case.method in ("exact", "gauge", "mergelock", "params diagonal"):
             shares = [share(level_of(result, level)) or "–" for level in range(4)]
-            lines.append((case.setting, f"`{case.method}`", *shares))
+            total = len(result["left_out"]) + len(result["rows"])
+            part = f"{len(result['rows'])} of {total}" if result["left_out"] else "all"
+            lines.append((case.setting, f"`{case.method}`", part, *shares))
     header = (
         "models",
         "lock",
+        "rows",
         "0: off the shelf",
         "1: and thinks",
         "2: and has inputs",

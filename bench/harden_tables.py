@@ -79,14 +79,14 @@ def bars(records: list[Any]) -> str:
         "change",
         "level 0",
         "level 1",
-        "level 2",
+        "level 2, by entropy",
     )
     return page("### Against thieves without labels", BARS, table(header, lines))
 
 
 def labels(records: list[Any]) -> str:
     """The trap against labels and distillation, row by row."""
-    lines = []
+    lines, recovered = [], []
     for record in _audits(records, 3):
         if record["variant"] != "trap":
             continue
@@ -94,9 +94,12 @@ def labels(records: list[Any]) -> str:
         for attack in dict.fromkeys(name for name, _ in rows):
             cells = [_value(rows.get((attack, side))) for side in ("protected", "plain", "without")]
             lines.append((record["source"], record["case"], f"`{attack}`", *cells))
+        shares = (f"level {level} {share(level_of(record['found'], level))}" for level in (2, 3))
+        recovered.append(f"{record['case']} ({record['source']}) {', '.join(shares)}")
     header = ("run", "model", "attack", "hardened", "control", "without either")
+    about = LABELS.format(recovered="; ".join(recovered))
     return (
-        page("### Against thieves with labels, or with inputs", LABELS, table(header, lines)) if lines else ""
+        page("### Against thieves with labels, or with inputs", about, table(header, lines)) if lines else ""
     )
 
 
@@ -255,13 +258,15 @@ and `python bench/harden_effects.py` made what is kept in `bench/harden`; this s
 BARS = """
 *level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. These audits
 run a part of the suite (`ATTACKS` in `bench/harden_cases.py`): merges off the shelf, block substitution, wide merges,
-coupled alignment, row coefficients by entropy. A λ that is too weak for a task changes nothing, and there are such
+coupled alignment, and of level 2 row coefficients by entropy alone: with distillation among the attacks level 2 gets
+most of the task, see below. A λ that is too weak for a task changes nothing, and there are such
 rows here: that is why the strength follows what merges keep unless it is given.
 """
 LABELS = """
 Values of the protected task and the worst own one, (0 the base, 1 the fine-tunes), of each attack's best merge by the
 worse of the two. `repair-n` trains on n labelled examples a class, `distil` on 2,048 unlabelled inputs of the task.
 Hardening takes merges without labels away, and little else: a thief who trains gets most of the task.
+Recovered over these attacks: {recovered}.
 """
 IDEAS = """
 Each idea of `bench/frontier_ideas.py` beside the trap. A cell is the protected task's value and the worst own one.
