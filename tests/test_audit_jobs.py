@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,21 @@ def test_a_preparation_that_hardly_helps_is_not_followed_up() -> None:
         found = {
             job: helped({"noise": gain})(job)
             for job in (Job("probe", "protected"), Job("probe", "protected", "noise"))
+        }
+        assert some.beam(found, "protected") == kept
+
+
+def test_an_alignment_is_followed_where_merges_fail_aligned_as_well() -> None:
+    """A hardened model that is locked: no merge works, but what is done with data needs its own coordinates."""
+    some = waves()
+    for near, kept in ((1.0, ["anchor-coupled"]), (2.9, [])):
+        found = {
+            job: replace(row("probe", job.side, (0.0, 0.5)), facts={"moved": moved})
+            for job, moved in (
+                (Job("probe", "protected"), 3.0),
+                (Job("probe", "protected", "anchor-coupled"), near),
+                (Job("probe", "protected", "noise"), 0.1),  # destroys the model: no alignment
+            )
         }
         assert some.beam(found, "protected") == kept
 

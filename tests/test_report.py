@@ -335,6 +335,8 @@ def test_an_audit_that_found_nothing() -> None:
     ):
         assert sentence in tree.text
     assert "nan" not in tree.text.lower().split()
+    named = render(empty | {"config": {**empty["config"], "attacks": ["full_dose"]}})
+    assert "every attack that was named ran" in Tree(named).root.text
 
 
 def test_a_requirement_of_a_level_that_was_not_audited(found: dict[str, Any]) -> None:

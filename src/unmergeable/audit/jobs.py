@@ -7,6 +7,7 @@ the preparations that helped and the merges that did best on the unprotected mod
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from .suite import BEAM, CORE, FOLLOW, merge_attack, merge_attacks
 PROOF = "proof"
 # What a preparation must add to Σ over the floors of the best value before it is followed up.
 HELPS = 0.02
+# Alignments, and what part of the distance one must leave to be followed where no preparation helps.
+ANCHORED, NEARER = ("anchor-coupled", "anchor-coupled-other"), 0.8
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,11 @@ class Waves:
         )
 
     def beam(self, found: Found, side: Side) -> list[str]:
-        """The preparations that helped on a side, best first."""
+        """The preparations that helped on a side, best first.
+
+        Where none did, an alignment that brought the model much nearer to the others: merges of a hardened model fail
+        aligned as well, but what is learnt from data, or taken block by block, is to be had in its own coordinates.
+        """
         if side == "without":
             return []
         raw = self.worth(found.get(Job(PROBE_MERGE.name, side)))
@@ -210,6 +217,14 @@ class Waves:
             name: self.worth(found.get(Job(PROBE_MERGE.name, side, name))) - raw for name in self.preparations
         }
         helped = [name for name in self.preparations if gains[name] > HELPS]
+        if not helped:
+            far = _moved(found.get(Job(PROBE_MERGE.name, side)))
+            nearer = {name: _moved(found.get(Job(PROBE_MERGE.name, side, name))) for name in ANCHORED}
+            return [
+                name
+                for name in ANCHORED
+                if name in self.preparations and (nearer[name] or math.inf) < NEARER * (far or 0.0)
+            ][:1]
         return sorted(helped, key=lambda name: -gains[name])[:BEAM]
 
     def _starts(self, found: Found, side: Side) -> tuple[Start, ...]:
@@ -228,6 +243,11 @@ class Waves:
         half = {"others": 0.5} if side == "without" else {"dose": 0.5, "others": 0.5}
         starts.append(Start.of("task_arithmetic", best[0] if best else None, half))
         return tuple(dict.fromkeys(starts))
+
+
+def _moved(row: Row | None) -> float | None:
+    """How far a row's merge is from the base, where that was measured."""
+    return None if row is None else row.facts.get("moved")
 
 
 def _quick(name: str) -> bool:
