@@ -11,7 +11,7 @@ import pytest
 
 from audit_cases import point, reference, row
 from unmergeable.audit.control import WORKS, controlled, doubt, full_dose_grid, required
-from unmergeable.audit.jobs import PROOF
+from unmergeable.audit.jobs import PROOF, Job
 from unmergeable.audit.rows import SIDES, Look, Row
 from unmergeable.audit.scores import judge
 
@@ -193,6 +193,13 @@ def test_a_requirement_holds_where_the_lower_limit_reaches_it() -> None:
     assert required([level], 0, limit).holds
     assert required([level], 0, limit - 0.01).found == pytest.approx(limit)
     assert not required([level], 0, limit + 1e-6).holds
+    # An attack that was not tried on the protected model might take it; one of a higher level, or on a control, not.
+    for job, holds in (
+        (Job("ties", "protected"), False),
+        (Job("ties", "plain"), True),
+        (Job("wide", "protected"), True),
+    ):
+        assert required([level], 0, limit, [job]).holds == holds
     unjudged = required([replace(level, reason="because")], 0, 0.0)
     assert unjudged.found is None
     assert not unjudged.holds

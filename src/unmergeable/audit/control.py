@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..attacks.prepare import PREPARATIONS
-from .jobs import PROOF
+from .jobs import PROOF, Job
 from .results import Requirement
 from .rows import Row, Side
 from .scores import Level, Reference
@@ -82,10 +82,18 @@ def doubt(rows: Sequence[Row], level: int, only: Collection[str] | None) -> str 
     return None
 
 
-def required(levels: Sequence[Level], level: int, protection: float) -> Requirement:
+def required(
+    levels: Sequence[Level], level: int, protection: float, left_out: Sequence[Job] = ()
+) -> Requirement:
+    """Whether a level's lower limit reaches what was asked for; an attack that was left out might take it."""
     found = next(one for one in levels if one.level == level)
-    lower = None if found.reason is not None else 1.0 - found.interval[1]
+    lower = None if found.reason is not None or untried(left_out, level) else 1.0 - found.interval[1]
     return Requirement(level, protection, lower)
+
+
+def untried(left_out: Sequence[Job], level: int) -> int:
+    """How many of the attacks on the protected model that a thief of this level has were left out."""
+    return sum(job.side == "protected" and job.level <= level for job in left_out)
 
 
 def full_dose_grid(rows: Sequence[Row]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from ..attacks.prepare import COLLUDE
 from ..errors import InputError, RunError, UsageError
 from .bench import Bench, pick_workers
 from .config import RELEASE, Config, make_config, read_config
-from .control import controlled, doubt, full_dose_grid, required
+from .control import controlled, doubt, full_dose_grid, required, untried
 from .jobs import Job, Waves
 from .known import Known, prepare
 from .results import AuditResult
@@ -208,6 +208,11 @@ def _result(
         notes.append("only a part of the suite was run: the figures are those of the attacks that were named")
     if left_out:
         notes.append(f"the budget ended before {len(left_out)} of the rows were found: they are listed")
+        notes += [
+            f"what is required at level {level} does not hold as long as {count} attacks of that level are left out"
+            for level in require
+            if (count := untried(left_out, level))
+        ]
     return AuditResult(
         suite=SUITE,
         seed=seed,
@@ -227,7 +232,7 @@ def _result(
             for job in left_out
         ],
         notes=notes,
-        requirements=[required(levels, level, protection) for level, protection in require.items()],
+        requirements=[required(levels, level, value, left_out) for level, value in require.items()],
         command=command,
         seconds=seconds,
         files=(str(folder / "report.html"), str(folder / "results.json")),
