@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InputError
+from .fields import SIZES
 from .spec import Site, Slot, Spec, evaluate_size, fill, name_regex
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -208,6 +209,8 @@ def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
         slot.tensor.partition("{l}")[0] for site in spec.sites for slot in site.slots if "{l}" in slot.tensor
     }
     dropped = [re.compile(pattern) for pattern in spec.ignored]
+    if not _says_layers(config):
+        return []
     counts, found = _numbers(config), []
     for stack in sorted(stacks):
         start = re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(stack)) + r"(\d+)\.")
@@ -218,9 +221,16 @@ def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"no tensor of {stack}{gone[0]}" + (f" and {len(gone) - 1} more layers" if gone[1:] else "")
             )
-        elif layers and counts and len(layers) not in counts:
+        elif layers and len(layers) not in counts:
             found.append(f"{len(layers)} layers of {stack}, a number that the config does not hold")
     return found
+
+
+def _says_layers(config: Mapping[str, Any]) -> bool:
+    return any(
+        SIZES.get(name) == "layers" or (isinstance(value, Mapping) and _says_layers(value))
+        for name, value in config.items()
+    )
 
 
 def _numbers(config: Any) -> set[int]:
