@@ -135,7 +135,8 @@ def with_terminal(arguments: list[str], answers: bytes) -> bytes:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_nothing(session: Path, number: int, code: int) -> None:
-    toy.write(session / "large", {**toy.tensors(), "embed": np.zeros((1 << 18, 128))})  # 64 MB to copy
+    # So much to copy that the signal comes on the way.
+    toy.write(session / "large", {**toy.tensors(), "embed": np.zeros((1 << 19, 128))})
     arguments = ["lock", "large", "locked", "-k", "owner.key", "--spec", "spec.json"]
     before = set(os.listdir())
     running = subprocess.Popen([COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
