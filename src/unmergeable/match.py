@@ -192,13 +192,10 @@ def _check_complete(
 
 def _leftovers(spec: Spec, shapes: Shapes, parts: Mapping[str, object]) -> list[str]:
     known = [name_regex(pattern) for pattern in spec.untouched]
-    dropped = [re.compile(pattern) for pattern in spec.ignored]
     left = [
         name
-        for name in shapes
-        if name not in parts
-        and not any(regex.fullmatch(_modern(name)) for regex in known)
-        and not any(regex.search(name) for regex in dropped)
+        for name in _counted(spec, shapes)
+        if name not in parts and not any(regex.fullmatch(_modern(name)) for regex in known)
     ]
     return [f"unexpected {name} of shape {list(shapes[name])}" for name in left]
 
@@ -208,13 +205,11 @@ def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
     stacks = {
         slot.tensor.partition("{l}")[0] for site in spec.sites for slot in site.slots if "{l}" in slot.tensor
     }
-    dropped = [re.compile(pattern) for pattern in spec.ignored]
     if not _says_layers(config):
         return []
-    counts, found = _numbers(config), []
+    names, counts, found = _counted(spec, shapes), _numbers(config), []
     for stack in sorted(stacks):
         start = re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(stack)) + r"(\d+)\.")
-        names = (name for name in shapes if not any(regex.search(name) for regex in dropped))
         layers = {int(bound.group(1)) for bound in map(start.match, names) if bound}
         gone = sorted(set(range(max(layers, default=-1) + 1)) - layers)
         if gone:
@@ -224,6 +219,12 @@ def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
         elif layers and len(layers) not in counts:
             found.append(f"{len(layers)} layers of {stack}, a number that the config does not hold")
     return found
+
+
+def _counted(spec: Spec, shapes: Shapes) -> list[str]:
+    """The names of tensors that the spec's class reads at all."""
+    dropped = [re.compile(pattern) for pattern in spec.ignored]
+    return [name for name in shapes if not any(regex.search(name) for regex in dropped)]
 
 
 def _says_layers(config: Mapping[str, Any]) -> bool:

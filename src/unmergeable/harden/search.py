@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 TRIES = 4
 ENOUGH = 0.02  # mean exposure below which a stronger objective is not tried
-LEAST = (
-    0.5  # of what the fine-tune is worth, must be left where no loss was named: less is no fine-tune any more
-)
+# Of what the fine-tune is worth, this must be left where no loss was named: less is no fine-tune any more.
+LEAST = 0.5
 FACTOR = 2.0
 
 

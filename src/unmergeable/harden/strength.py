@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..audit.scores import separation
@@ -42,6 +43,11 @@ class Ends:
         base, fine = self.scores
         return float((scores - base[index]).mean() / (fine - base).mean())
 
+    @cached_property
+    def _by_loss(self) -> bool:
+        base, fine = self.losses
+        return separation(-base, -fine).enough
+
     def worth(self, scores: Floats, losses: Floats, index: Sequence[int]) -> float:
         """What the fine-tune is worth now: 1 as it was, 0 the base.
 
@@ -49,7 +55,7 @@ class Ends:
         right more often, and the surer of what it has wrong.
         """
         base, fine = self.losses
-        if separation(-base, -fine).enough:
+        if self._by_loss:
             return float(1 - (losses - fine[index]).mean() / (base - fine).mean())
         base, fine = self.scores
         return float(1 + (scores - fine[index]).mean() / (fine - base).mean())

@@ -28,14 +28,15 @@ def check_own_code(config: Mapping[str, Any], where: str) -> None:
     Raises:
         InputError: `auto_map` names a model.
     """
-    own = config.get("auto_map")
-    named = [name for name in own if str(name).startswith("AutoModel")] if isinstance(own, Mapping) else []
+    given = config.get("auto_map")
+    own = given if isinstance(given, Mapping) else {}
+    named = [name for name in own if str(name).startswith("AutoModel")]
     if named:
         raise InputError(
             "the checkpoint names code of its own for its model, and no proof is of that",
             where=where,
             expected="a stock class",
-            got=f"auto_map: {named[0]} = {own[named[0]]!r}" if own else None,
+            got=f"auto_map: {named[0]} = {own[named[0]]!r}",
             hint="if the stock class is meant, remove auto_map from config.json; else give a spec of your own",
         )
 
