@@ -32,8 +32,10 @@ from harden_cases import (
     CONTROL,
     DIRECTIONS,
     RECIPES,
+    SIMPLE,
     TRAINED,
     TRAP,
+    WAYS,
     Case,
     Variant,
     adapter,
@@ -45,7 +47,7 @@ from harden_cases import (
 from harden_peft import merges
 from parallel import Job, run
 from unmergeable.audit.bench import pick_device
-from unmergeable.harden.objectives import Objective, Trap
+from unmergeable.harden.objectives import Objective
 
 KEPT = Path(__file__).parent / "harden"
 GROUPS = ("bars", "strengths", "directions", "ideas", "peft")
@@ -82,7 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--strength", type=float, help="fixed; else it follows what simulated merges keep")
     parser.add_argument(
-        "--ways", nargs="+", default=[one.name for one in BARS], help="of the bars, only these"
+        "--ways", nargs="+", choices=[one.name for one in BARS], help="of the bars; a family's, if not given"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32")
@@ -112,6 +114,10 @@ def planned(args: argparse.Namespace) -> list[Job]:
             found[job.name] = rank, job
         return job.name
 
+    def bars(case: Case) -> list[Variant]:
+        named = args.ways or WAYS.get(case.family, ("trap",))
+        return [one for one in BARS if "bars" in args.groups and one.name in named]
+
     def train(rank: float, case: Case, variant: Variant, seed: int) -> str:
         after = ()
         if case.family == "lora":
@@ -120,7 +126,11 @@ def planned(args: argparse.Namespace) -> list[Job]:
                 plan(0, Job(f"adapter-{task}", learnt, {"case": Case("lora", task, "", ()), "given": reduced, **place}))
                 for task in tasks
             )  # fmt: skip
+        ways = bars(case) if args.strength is None else []
+        if variant == CONTROL and ways:
+            variant = ways[0]
         own = {"case": case, "variant": variant, "seed": seed, "given": given, **place}
+        own["control"] = variant in ways[:1]  # its strength follows, and comes with a control
         return plan(rank, Job(f"{case.name}-{seed}-{variant.name}", harden, own, after))
 
     def judge(
@@ -134,9 +144,8 @@ def planned(args: argparse.Namespace) -> list[Job]:
         for case in chosen:
             rank = 1 + seed + (2.5 if case.family == "lora" and seed != args.seeds[0] else 0)
             first, shown = seed == args.seeds[0], case.protected in ("fmnist", "c") and case.family != "lora"
-            if "bars" in args.groups:
-                for way in (one for one in BARS if one.name in args.ways):
-                    judge(rank, case, way, seed, args.attacks, args.top)
+            for way in bars(case):
+                judge(rank, case, way, seed, args.attacks, args.top)
             if "peft" in args.groups and case.family == "lora":
                 sides = (train(rank, case, CONTROL, seed), train(rank, case, TRAP, seed))
                 plan(
@@ -162,33 +171,48 @@ def planned(args: argparse.Namespace) -> list[Job]:
 
 def learnt(case: Case, given: dict[str, Any], zoo: Path, work: Path, device: str) -> dict[str, Any]:
     """An adapter to protect, or of a thief."""
+    quick()
     began = time.monotonic()
     adapter(case, zoo, work / f"adapter-{case.protected}", pick_device(device), **given)
     return {"kind": "adapter", "seconds": time.monotonic() - began, "said": "trained"}
 
 
+def quick() -> None:
+    """Matrix products in TF32 where the GPU has it, of trainings and of audits."""
+    torch.set_float32_matmul_precision("high")
+
+
 def harden(
-    case: Case, variant: Variant, seed: int, given: dict[str, Any], zoo: Path, work: Path, device: str
+    case: Case,
+    variant: Variant,
+    seed: int,
+    given: dict[str, Any],
+    control: bool,
+    zoo: Path,
+    work: Path,
+    device: str,
 ) -> dict[str, Any]:
-    """A hardened model, or its control, and what its owner sees."""
+    """A hardened model, or its control, or both, and what its owner sees."""
+    quick()
     base, models, _ = paths(case, zoo, work)
     data, kind, fields = training(case, zoo)
     proxies = [models[case.proxy]] if variant.proxies is True else []
     if variant.proxies == "shuffled":
         proxies = [shuffled(case, zoo, work, pick_device(device), one) for one in (seed, seed + 1)]
     objective: str | Objective = variant.objective
-    if objective in frontier_ideas.IDEAS:
-        objective = frontier_ideas.objective(variant.objective, Trap())
+    if isinstance(objective, str) and objective in frontier_ideas.IDEAS:
+        objective = frontier_ideas.objective(objective, SIMPLE)
     options = {**RECIPES[case.family], **given, **variant.options}
+    if variant == CONTROL or options.get("strength") is not None:
+        options.pop("may", None)
+    if control:
+        options["control"] = work / f"{case.name}-{seed}-{CONTROL.name}"
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    # Matrix products of a training in TF32 where the GPU has it; audits are in float32.
-    torch.set_float32_matmul_precision("high")
     report = um.harden(
         models[case.protected], work / f"{case.name}-{seed}-{variant.name}", base=base, data=data, task=kind,
         fields=fields, proxies=proxies, objective=objective, seed=seed, device=device, **options,
     ).as_dict()  # fmt: skip
-    torch.set_float32_matmul_precision("highest")
     for path in ("expert", "base", "dst", "data", "proxies"):
         del report[path]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -203,6 +227,7 @@ def audit(
     case: Case, variant: Variant, seed: int, attacks: list[str], top: int, zoo: Path, work: Path, device: str
 ) -> dict[str, Any]:
     """An audit of a hardened model against its control; draws and subsets are not those of training."""
+    quick()
     _, models, setting = paths(case, zoo, work)
     config = {
         "version": 1,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from audits import Setting, embedded, images, texts
+from unmergeable.harden.objectives import Collapse, Objective, Together, Trap
 from unmergeable.stock import load_module
 from unmergeable.tasks import open_task
 from unmergeable.tasks.task import Examples, TensorTask
@@ -22,8 +23,8 @@ FAMILIES = {"text": "llama", "text2": "gpt2", "lora": "llama"}
 RECIPES: dict[str, dict[str, Any]] = {
     "embedded": {"steps": 300, "batch": 64, "rate": 3e-4},
     "images": {"steps": 600, "batch": 128, "rate": 2e-4},
-    "text": {"steps": 600, "batch": 32, "rate": 5e-4},
-    "text2": {"steps": 600, "batch": 32, "rate": 5e-4},
+    "text": {"steps": 600, "batch": 32, "rate": 5e-4, "may": 0.02},
+    "text2": {"steps": 600, "batch": 32, "rate": 5e-4, "may": 0.02},
     "lora": {"steps": 600, "batch": 32, "rate": 2e-3},
 }
 # What an audit runs: off the shelf, anchored, block substitution, wide merges; coefficients without labels.
@@ -64,13 +65,22 @@ class Variant:
     """
 
     name: str
-    objective: str = "trap"
+    objective: str | Objective = "trap"
     options: dict[str, Any] = field(default_factory=dict)
     proxies: bool | str = True
 
 
-CONTROL, TRAP = Variant("control", "plain"), Variant("trap")
-BARS = (TRAP, Variant("trap+collapse", "trap+collapse"))
+# As it was before thieves chose among blocks (`mined`, as `harden` has it), and merges saw half a batch each for it.
+SIMPLE = Trap(part=1.0, among=1)
+CONTROL, TRAP = Variant("control", "plain"), Variant("trap", SIMPLE)
+BARS = (
+    TRAP,
+    Variant("trap+collapse", Together((SIMPLE, Collapse()))),
+    Variant("mined"),
+    Variant("mined+collapse", "trap+collapse"),
+)
+# Of the bars, unless --ways says others: what did best on one seed of the measuring zoo.
+WAYS = {"embedded": ("mined", "mined+collapse"), "images": ("mined+collapse",)}
 DIRECTIONS = (
     Variant("no-proxy-random", proxies=False),
     Variant("no-proxy-spectrum", options={"made": ["spectrum"]}, proxies=False),

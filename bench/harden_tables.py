@@ -57,7 +57,7 @@ def section(kept: Path) -> str:
 def bars(records: list[Any]) -> str:
     """Every audit up to level 2, against its control."""
     lines, trainings = [], _trainings(records)
-    for record in _audits(records, 1, 2):
+    for record in sorted(_audits(records, 1, 2), key=_key):
         alone = record["found"]["standalone"]
         trained = trainings.get(_key(record))
         strength = None if trained is None else trained["report"]["strength"]
@@ -81,7 +81,36 @@ def bars(records: list[Any]) -> str:
         "level 1",
         "level 2, by entropy",
     )
-    return page("### Against thieves without labels", BARS, table(header, lines))
+    return page("### Against thieves without labels", BARS, summary(records), EACH, table(header, lines))
+
+
+def summary(records: list[Any]) -> str:
+    """What several seeds of one task have in common: the mean change, and the worst of what was recovered."""
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for record in sorted(_audits(records, 1, 2), key=_key):
+        groups.setdefault((record["source"], record["case"], record["variant"]), []).append(record["found"])
+    lines = []
+    for (source, case, variant), found in groups.items():
+        if len(found) < 3:
+            continue
+        levels = [[one for one in (level_of(each, n) for each in found) if one is not None] for n in range(3)]
+        worst = [number(max(one["recovered"] for one in level)) if level else "" for level in levels]
+        limit = number(max(one["interval"][1] for one in levels[1]))
+        change = sum(each["standalone"]["difference"] for each in found) / len(found)
+        score = f"{number(100 * change, 1)} points"
+        lines.append((source, case, f"`{variant}`", len(found), score, *worst[:2], limit, worst[2]))
+    header = (
+        "run",
+        "model",
+        "way",
+        "seeds",
+        "mean change",
+        "level 0",
+        "level 1",
+        "its upper limit",
+        "level 2, by entropy",
+    )
+    return table(header, lines)
 
 
 def labels(records: list[Any]) -> str:
@@ -137,15 +166,26 @@ def owners(records: list[Any]) -> str:
     lines = []
     for record in _trainings(records).values():
         report = record["report"]
-        after, exposure = report["standalone"]["after"], report["exposure"]["after"]
+        score, exposure = report["standalone"], report["exposure"]["after"]
         lines.append(
             (
                 record["source"], record["case"], record["seed"], f"`{record['variant']}`",
                 "" if report["objective"] == "plain" else number(report["strength"]),
-                f"{report['steps']} × {report['batch']}", number(after, 4), number(exposure["mean"]),
+                f"{report['steps']} × {report['batch']}", number(score["after"], 4), number(score.get("plain"), 4),
+                number(exposure["mean"]),
             )
         )  # fmt: skip
-    header = ("run", "model", "seed", "way", "λ at the end", "steps × batch", "held-out score", "exposure")
+    header = (
+        "run",
+        "model",
+        "seed",
+        "way",
+        "λ at the end",
+        "steps × batch",
+        "held-out score",
+        "plain",
+        "exposure",
+    )
     return page("### Every training, as its owner sees it", OWNERS, table(header, lines))
 
 
@@ -259,8 +299,12 @@ BARS = """
 *level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. These audits
 run a part of the suite (`ATTACKS` in `bench/harden_cases.py`): merges off the shelf, block substitution, wide merges,
 coupled alignment, and of level 2 row coefficients by entropy alone: with distillation among the attacks level 2 gets
-most of the task, see below. A λ that is too weak for a task changes nothing, and there are such
-rows here: that is why the strength follows what merges keep unless it is given.
+most of the task, see below. `trap` and `trap+collapse`: the objectives without a thief who chooses among blocks;
+`mined` and `mined+collapse`: with him, as `harden` has them. The worst of several seeds:
+"""
+EACH = """
+One by one. A λ that is too weak for a task changes nothing, and there are such rows here: that is why the strength
+follows what merges keep unless it is given.
 """
 LABELS = """
 Values of the protected task and the worst own one, (0 the base, 1 the fine-tunes), of each attack's best merge by the
@@ -279,7 +323,8 @@ say nothing.
 """
 OWNERS = """
 Exposure: the value of the task in fixed simulated merges on held-out examples, which the fine-tune itself may have
-seen in its own training. Rows of one task are to be compared with its `control`.
+seen in its own training. Rows of one task are to be compared with its `control`, or with *plain*: the same training
+without the objective.
 """
 PRICES = """
 With two simulated merges a step: three forward and backward passes for one. Peak memory as torch counts it on the

@@ -76,6 +76,18 @@ def test_all_kinds_of_merges_are_drawn() -> None:
     assert any(set(one.own.values()) == {1.0} for one in others)  # a full dose
 
 
+def test_merges_of_parts_have_the_rest_from_elsewhere() -> None:
+    draws = Draws(SHAPES, 0)
+    every = [draws.draw() for _ in range(300)]
+    assert 0.2 < sum(draw.parts for draw in every) / len(every) < 0.5
+    for draw in [*filter(lambda one: one.parts, every), *(draws.again() for _ in range(50))]:
+        assert draw.parts
+        low = [name for name, part in draw.own.items() if part < 0.5]
+        assert low
+        assert len({draw.other[name] for name in low}) == 1
+        assert 0.2 <= draw.other[low[0]] <= 0.8
+
+
 def test_draws_can_be_had_again() -> None:
     def several(seed: int) -> list[float]:
         draws = Draws(SHAPES, seed)

@@ -115,6 +115,21 @@ def test_a_thief_who_improves_his_coefficients_knows_more() -> None:
     assert found[1] > 1.05 * found[0]
 
 
+def test_a_thief_who_chooses_among_blocks_knows_more() -> None:
+    found, seeds = {1: 0.0, 6: 0.0}, range(12)
+    parts = [seed for seed in seeds if step(seed)[1].draws.draw().parts]
+    assert 2 <= len(parts) < len(seeds)
+    for seed in parts:
+        for among in found:
+            _, given = step(seed)
+            found[among] += Trap(merges=1, among=among).add(given, 0.0)
+            left = (one.grad for one in given.weights.parameters.values() if one.grad is not None)
+            assert not any(bool(gradient.any()) for gradient in left)
+    assert found[6] > 1.05 * found[1]
+    for seed in set(seeds) - set(parts):  # nothing to choose
+        assert Trap(merges=1, among=6).add(step(seed)[1], 0.0) == Trap(merges=1).add(step(seed)[1], 0.0)
+
+
 def test_repel_moves_what_has_not_moved() -> None:
     module, given = step()
     name = "vit.layers.0.mlp.fc1.weight"

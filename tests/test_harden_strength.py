@@ -17,7 +17,8 @@ import hardened
 from audit_cases import zoo
 from hardened import PROTECTED
 from test_harden_objectives import step
-from unmergeable.errors import UsageError
+from unmergeable.errors import InputError, UsageError
+from unmergeable.harden import search as search_module
 from unmergeable.harden import strength as strength_module
 from unmergeable.harden import train as train_module
 from unmergeable.harden.objectives import Plain, Trap
@@ -168,7 +169,8 @@ def test_what_merges_may_keep_decides(models: Path, tmp_path: Path) -> None:
     """Less may be kept: the strength rises instead of falling, and less is kept."""
     found = []
     for may in (0.9, 0.05):
-        changes = {"steps": 150, "batch": 64, "rate": 2e-3, "may": may}
+        simple = Trap(part=1.0, among=1)  # what a thief who chooses would do to merges drowns the difference
+        changes = {"steps": 150, "batch": 64, "rate": 2e-3, "may": may, "objective": simple}
         report = harden(models, tmp_path / f"may-{may}", **changes)
         found.append((report.strength / report.trials[0]["strength"], report.exposure["after"]["mean"]))
     assert found[0][0] < 1 < found[1][0]
@@ -186,17 +188,51 @@ def test_looking_changes_nothing_but_the_strength(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("save", [7, 10])  # between looks, and at one
 def test_a_followed_strength_goes_on_after_a_kill(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save: int, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "SAVE", 7)
+    monkeypatch.setattr(train_module, "SAVE", save)
     whole = harden(models, tmp_path / "whole", steps=20)
 
-    hardened.killed(partial(harden, models, tmp_path / "cut", steps=20), at=17)
+    hardened.killed(
+        partial(harden, models, tmp_path / "cut", steps=20), at=20 + 17
+    )  # after the plain training
     again = harden(models, tmp_path / "cut", steps=20)
     assert again.strength == whole.strength
     one, two = (load_state(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_plain_training_does_is_not_the_objectives_price(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is trained and measured first; the strength falls for what is worse than that, not for that."""
+    monkeypatch.setattr(search_module, "LEAST", -1e9)
+    harsh = {"steps": 40, "rate": 0.3}
+    report = harden(models, tmp_path / "out", may=0.01, strength=1e-6, **harsh)
+    control = harden(models, tmp_path / "plain", objective="plain", **harsh)
+    assert report.standalone["plain"] == control.standalone["after"] < 0.9 * report.standalone["before"]
+    assert "plain" not in control.standalone
+    assert report.strength > 1e-6  # it may rise, little as is left of the fine-tune
+
+
+def test_the_control_is_the_plain_training(models: Path, tmp_path: Path) -> None:
+    plain = harden(models, tmp_path / "plain", objective="plain")
+    for name, options in (("followed", {}), ("fixed", {"strength": 0.1})):
+        report = harden(models, tmp_path / name, control=tmp_path / f"{name}-control", **options)
+        assert report.standalone["plain"] == plain.standalone["after"]
+        one, two = load_state(tmp_path / "plain"), load_state(tmp_path / f"{name}-control")
+        assert all(torch.equal(one[tensor], two[tensor]) for tensor in one)
+        assert any(not torch.equal(one[tensor], part) for tensor, part in load_state(tmp_path / name).items())
+
+
+def test_a_control_that_is_in_the_way_is_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be the same folder"):
+        harden(models, tmp_path / "out", control=tmp_path / "out")
+    with pytest.raises(InputError, match="the destination exists"):
+        harden(models, tmp_path / "out", control=models / "base")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -296,6 +332,6 @@ def test_merges_may_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, pixel_values=pixel_values, **more)
 
     monkeypatch.setattr(type(module), "forward", forward)
-    Trap(merges=3, part=1 / 3).add(whole, 1.0)
+    Trap(merges=3, part=1 / 3, among=1).add(whole, 1.0)
     assert [len(one) for one in seen] == [16, 16, 16]
     assert torch.equal(torch.cat(seen), whole.batch.inputs["pixel_values"])

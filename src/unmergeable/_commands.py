@@ -231,6 +231,7 @@ def _harden(args: argparse.Namespace) -> Outcome:
                 batch=args.batch,
                 seed=args.seed,
                 lock=key,
+                control=args.control,
                 device=args.device,
                 precision=args.precision,
                 checkpointing=args.gradient_checkpointing,

@@ -52,8 +52,8 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "--may", metavar="PART", type=float,
-        help="what simulated merges may keep of the task, 0 to 1: the strength follows (0.1, unless --strength or "
-        "--max-loss is given)",
+        help="what simulated merges may keep of the task, 0 to 1: the strength follows (0.1, 0.02 for language "
+        "models, unless --strength or --max-loss is given)",
     )  # fmt: skip
     parser.add_argument(
         "--max-loss", metavar="POINTS", type=float,
@@ -77,6 +77,10 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory for activations, more time"
     )
+    parser.add_argument(
+        "--control", metavar="DIR",
+        help="also write the fine-tune trained plainly for as many steps: an audit's unprotected model",
+    )  # fmt: skip
     parser.add_argument("--lock", metavar="KEY", dest="key", help="then lock the result with this key")
     passphrase(parser)
     quiet(parser)

@@ -14,6 +14,17 @@ exposure: the value of the task (base 0, fine-tune 1) in simulated merges with s
 held-out examples. What a real thief gets, `unmergeable audit` says: with models and data that were not used here."""
 
 
+def _plain(report: HardenReport, unit: str) -> list[tuple[str, str, str, str]]:
+    """What as much training does without the objective, where it was tried."""
+    from .harden.search import lost
+
+    scores = report.standalone
+    if "plain" not in scores:
+        return []
+    change = f"{-lost(scores['before'], scores['plain']):+.2f} {unit}"
+    return [("the same, trained plainly", f"{scores['before']:.4f}", f"{scores['plain']:.4f}", change)]
+
+
 def hardened(report: HardenReport) -> str:
     """The text of `unmergeable harden`."""
     accurate = report.metric == "accuracy"
@@ -39,6 +50,7 @@ def hardened(report: HardenReport) -> str:
             f"{report.metric} alone", f"{standalone['before']:.4f}", f"{standalone['after']:.4f}",
             f"{-report.loss:+.2f} {unit}",
         ),
+        *_plain(report, unit),
         ("exposure, mean", f"{exposure['before']['mean']:.2f}", f"{exposure['after']['mean']:.2f}", ""),
         ("exposure, most", f"{exposure['before']['most']:.2f}", f"{exposure['after']['most']:.2f}", ""),
     ]  # fmt: skip

@@ -33,7 +33,8 @@ class HardenReport:
         expert, base, dst, data: paths. proxies: further fine-tunes that stood in for a thief's.
         made: what directions were made up beside them.
         objective, strength, may, steps, rate, batch, seed: of the training that was taken; strength is the last one.
-        standalone: the held-out score before and after. loss: points of accuracy or per cent of cross-entropy.
+        standalone: the held-out score before and after, and after a `plain` training of as many steps where the
+            strength followed. loss: points of accuracy or per cent of cross-entropy.
         exposure: before and after, mean and largest value of the task in simulated merges of held-out examples.
         trials: all strengths that were tried, with the same figures.
         locked: the id of the key that it was locked with; None if it was not.
@@ -92,6 +93,7 @@ def harden(
     batch: int | None = None,
     seed: int = 0,
     lock: Key | None = None,
+    control: Path_ | None = None,
     device: str = "auto",
     precision: str = "auto",
     checkpointing: bool = False,
@@ -117,11 +119,13 @@ def harden(
             strength follows what simulated merges keep.
         max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
             strengths are tried.
-        may: what simulated merges may keep of the task on average, 0 to 1 (.1): the strength rises until they keep no
-            more. With `strength`, from there.
+        may: what simulated merges may keep of the task on average, 0 to 1 (.1; .02 for language models): the strength
+            rises until they keep no more. With `strength`, from there.
         steps, rate, batch: of AdamW; as the kind of task asks for if not given.
         seed: of everything random.
         lock: a key to lock the result with, by `exact`.
+        control: a new folder for the fine-tune as plain training of as many steps on the same batches leaves it: what
+            an audit should take as the unprotected model. A strength that follows needs that training in any case.
         device: "auto", "cpu" or "cuda".
         precision: of passes: "fp32", "bf16" (weights stay float32), or "auto": bf16 on a GPU that has it.
         checkpointing: gradient checkpointing, as the model's class has it: less memory for more time.
@@ -139,5 +143,5 @@ def harden(
     return run_harden(
         expert, dst, base=base, data=data, task=task, fields=fields, proxies=proxies, made=made, objective=objective,
         strength=strength, max_loss=max_loss, may=may, steps=steps, rate=rate, batch=batch, seed=seed, lock=lock,
-        device=device, precision=precision, checkpointing=checkpointing, progress=progress,
+        control=control, device=device, precision=precision, checkpointing=checkpointing, progress=progress,
     )  # fmt: skip

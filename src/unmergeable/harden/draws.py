@@ -7,7 +7,7 @@ has to be trained against it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -54,11 +54,13 @@ class Draw:
         own: of the fine-tune's task vector, by tensor.
         other: of the direction, by tensor; 0 everywhere if nothing is added.
         factors: of adapters, the mix is one of factors; None if it is one of products.
+        parts: whether some blocks or kinds of tensors are the fine-tune's, and the rest is not.
     """
 
     own: Mapping[str, Coefficient]
     other: Mapping[str, float]
     factors: Factors | None = None
+    parts: bool = False
 
     @classmethod
     def whole(cls, names: Iterable[str], own: float, other: float = 0.0) -> Draw:
@@ -83,10 +85,20 @@ class Draws:
 
     def draw(self) -> Draw:
         """One merge: neither the fine-tune itself, nor a merge without it."""
+        return self._any(self._draw)
+
+    def again(self) -> Draw:
+        """One merge of which some blocks or kinds of tensors are the fine-tune's, and the rest is not."""
         while True:
-            found = self._draw()
+            found = self._any(lambda: self._parts(self._uniform(0, BLOCKS + KINDS)))
+            if found.parts:
+                return found
+
+    def _any(self, draw: Callable[[], Draw]) -> Draw:
+        while True:
+            found = draw()
             itself = not any(found.other.values()) and all(_all_near(part) for part in found.own.values())
-            if not itself and any(_any(part) for part in found.own.values()):
+            if not itself and any(map(_some, found.own.values())):
                 return found
 
     def _draw(self) -> Draw:
@@ -95,11 +107,12 @@ class Draws:
         choice = self._uniform()
         if choice < WHOLE:
             return self._whole()
-        if choice < WHOLE + BLOCKS:
-            return self._filled(self._blocks())
         if choice < WHOLE + BLOCKS + KINDS:
-            return self._filled(self._kinds())
+            return self._parts(choice - WHOLE)
         return self._rows()
+
+    def _parts(self, choice: float) -> Draw:
+        return self._filled(self._blocks() if choice < BLOCKS else self._kinds())
 
     def _uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         return low + (high - low) * float(torch.rand((), generator=self.generator))
@@ -146,7 +159,8 @@ class Draws:
     def _filled(self, own: Mapping[str, float]) -> Draw:
         """The direction where little of the fine-tune is, and a little of it elsewhere, or not."""
         fill, beside = self._uniform(*FILL), self._uniform(0, BESIDE) * (self._uniform() < 0.5)
-        return Draw(own, {name: fill if part < 0.5 else beside for name, part in own.items()})
+        other = {name: fill if part < 0.5 else beside for name, part in own.items()}
+        return Draw(own, other, parts=any(part < 0.5 for part in own.values()))
 
     def _rows(self) -> Draw:
         """A coefficient a row, around the tensor's own or of a few values."""
@@ -173,5 +187,5 @@ def _all_near(part: Coefficient) -> bool:
     return bool((abs(part - 1) < NEAR).all()) if isinstance(part, torch.Tensor) else abs(part - 1) < NEAR
 
 
-def _any(part: Coefficient) -> bool:
+def _some(part: Coefficient) -> bool:
     return bool(part.any()) if isinstance(part, torch.Tensor) else part != 0

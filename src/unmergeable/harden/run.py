@@ -41,7 +41,8 @@ DEFAULTS = {
     "language-modelling": Settings(strength=0.3, steps=1000, rate=5e-4, batch=16),
 }
 SUFFIX = ".hardening"
-MAY = 0.1  # of the task, that simulated merges keep on average
+# Of the task, that simulated merges may keep on average; text models give away more at as much.
+MAY, MAY_TEXT = 0.1, 0.02
 SAID = 1.0  # point, or per cent, of loss that is worth a note
 
 
@@ -64,6 +65,7 @@ def run_harden(
     batch: int | None,
     seed: int,
     lock: Key | None,
+    control: str | os.PathLike[str] | None,
     device: str,
     precision: str,
     checkpointing: bool,
@@ -86,7 +88,7 @@ def run_harden(
         raise UsageError("no seed", where="seed", expected="0 to 2⁶³ − 11", got=seed)
     kind = _kind(Path(base) if adapter else source, task)
     settings = _settings(kind, strength, steps, rate, batch, seed)
-    settings = replace(settings, may=_may(may, strength, max_loss, chosen))
+    settings = replace(settings, may=_may(may, kind, strength, max_loss, chosen))
     if made is not None:
         settings = replace(settings, made=_made(made, proxies))
     if max_loss is not None and not max_loss >= 0:
@@ -100,6 +102,9 @@ def run_harden(
     else:
         with open_checkpoint(source) as checkpoint:
             check_destination(checkpoint.root, target, checkpoint.nbytes)
+    beside = None if control is None else Path(control)
+    if beside is not None:
+        _check_beside(source, target, beside)
     written = {"kind": kind, "data": str(data), **dict(fields or {})}
     progress_folder = target.with_name(target.name + SUFFIX)
     folder = progress_folder / _digest(source, base, written, proxies, chosen, settings)
@@ -117,12 +122,18 @@ def run_harden(
         check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
         exposed = measure.exposure()
         with memory(owner.device):
-            trials, state = search(owner, chosen, settings, accelerator, measure, max_loss, folder, progress)
+            trials, state, plain = search(
+                owner, chosen, settings, accelerator, measure, max_loss, beside is not None, folder, progress
+            )
         if state is None:
             raise _refused(source, trials, measure, max_loss)
+        if beside is not None and plain is not None:
+            owner.weights.load(plain.weights)
+            write(owner, source, beside, Path(work), None)
         owner.weights.load(state)
         write(owner, source, target, Path(work), lock)
     clear(folder)
+    alone = None if plain is None else plain.standalone
     taken = min((one for one in trials if one.allowed), key=lambda one: one.exposure.mean)
     return HardenReport(
         expert=str(expert),
@@ -139,7 +150,7 @@ def run_harden(
         batch=min(settings.batch, len(owner.training)),
         seed=seed,
         metric=owner.task.metric,
-        standalone={"before": measure.before, "after": taken.standalone},
+        standalone={"before": measure.before, "after": taken.standalone, **_named(plain=alone)},
         loss=lost(measure.before, taken.standalone),
         exposure={"before": asdict(exposed), "after": asdict(taken.exposure)},
         trials=[asdict(one) for one in trials],
@@ -147,7 +158,7 @@ def run_harden(
         examples={"training": len(owner.training), "held": len(owner.task)},
         seconds=time.monotonic() - began,
         device=str(owner.device),
-        notes=tuple(_notes(taken, settings, owner.task.metric)),
+        notes=tuple(_notes(taken, settings, owner.task.metric, measure.before, alone)),
     )
 
 
@@ -155,6 +166,13 @@ def _check_there(*paths: Path) -> None:
     for path in paths:
         if not path.exists():
             raise InputError("no such file or folder", where=path)
+
+
+def _check_beside(source: Path, target: Path, control: Path) -> None:
+    """Where the control goes: as the result, and not in one place with it."""
+    if control.absolute() == target.absolute():
+        raise UsageError("the control and the result cannot be the same folder", where="control", got=control)
+    check_destination(source, control, sum(one.stat().st_size for one in source.iterdir() if one.is_file()))
 
 
 def _refused(source: Path, trials: Sequence[Trial], measure: Measure, max_loss: float | None) -> ClaimError:
@@ -176,13 +194,20 @@ def _refused(source: Path, trials: Sequence[Trial], measure: Measure, max_loss: 
     )
 
 
-def _notes(taken: Trial, settings: Settings, metric: str) -> Iterator[str]:
+def _named(**values: float | None) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _notes(
+    taken: Trial, settings: Settings, metric: str, before: float, plain: float | None
+) -> Iterator[str]:
     """What the owner should know before he takes the result for a protection."""
     unit = "points of accuracy" if metric == "accuracy" else "% of the cross-entropy"
     if taken.loss > SAID:
+        itself = "" if plain is None else f" (plain training alone: {lost(before, plain):.2f})"
         yield (
-            f"the result is worse at its task by {taken.loss:.2f} {unit} on held-out examples: more data costs less, "
-            "--max-loss bounds it"
+            f"the result is worse at its task by {taken.loss:.2f} {unit} on held-out examples{itself}: more data costs "
+            "less, --max-loss bounds it"
         )
     if taken.exposure.mean > (MAY if settings.may is None else settings.may):
         more = (
@@ -217,12 +242,13 @@ def _settings(
 
 
 def _may(
-    asked: float | None, strength: float | None, max_loss: float | None, objective: Objective
+    asked: float | None, kind: str, strength: float | None, max_loss: float | None, objective: Objective
 ) -> float | None:
     """What merges may keep: followed by itself where there is a trap, and nothing else was asked for."""
     if asked is None:
         trap = "trap" in objective.name.split("+")
-        return MAY if trap and strength is None and max_loss is None else None
+        own = MAY_TEXT if kind == "language-modelling" else MAY
+        return own if trap and strength is None and max_loss is None else None
     if not 0 < asked < 1:
         raise UsageError("no part of a task", where="may", expected="above 0 and below 1", got=asked)
     if objective.name == "plain":

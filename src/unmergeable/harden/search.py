@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .measure import Exposure, Measure
+from .objectives import Plain
 from .train import Progress, Settings, train
 
 if TYPE_CHECKING:
@@ -42,6 +43,22 @@ class Trial:
     figures: dict[str, float]
 
 
+class Control(NamedTuple):
+    """A plain training of as many steps: its standalone score, its weights, and as `Trained` has them its worths."""
+
+    standalone: float
+    weights: dict[str, torch.Tensor]
+    worths: dict[int, float]
+
+
+class Found(NamedTuple):
+    """All trials, the weights of the best one that is allowed, None if none is, and the control, if there was one."""
+
+    trials: list[Trial]
+    weights: dict[str, torch.Tensor] | None
+    plain: Control | None
+
+
 def lost(before: float, after: float) -> float:
     """What a score lost: points of accuracy, or per cent of a cross-entropy (a score below 0)."""
     return 100 * (before - after) / (abs(before) if before < 0 else 1.0)
@@ -54,25 +71,45 @@ def search(
     accelerator: Accelerator,
     measure: Measure,
     max_loss: float | None,
+    control: bool,
     folder: Path | None,
     progress: Progress | None,
-) -> tuple[list[Trial], dict[str, torch.Tensor] | None]:
+) -> Found:
     """Train with one strength, or with several until one is within `max_loss` and as strong as it may be.
 
     Measured are the weights as the checkpoint's dtypes hold them.
 
-    Returns: all trials, and the weights of the best one that is allowed; None if none is.
+    A strength that follows comes after a plain training of as many steps on the same batches, which says what further
+    training does by itself; `control` asks for it in any case.
     """
     start = owner.weights.copy()
     ends = measure.ends() if settings.may is not None else None
+    plain: Control | None = None
+    if ends is not None or control:
+        place = None if folder is None else folder / "plain"
+        told = None if progress is None else _told(progress, "plain training, to compare with")
+        chosen = replace(settings, may=None)
+        worths = train(owner, Plain(), chosen, accelerator, ends=ends, folder=place, progress=told).worths
+        owner.round()
+        plain = Control(measure.standalone(), owner.weights.copy(), worths)
     trials: list[Trial] = []
     best: tuple[float, dict[str, torch.Tensor]] | None = None
     for strength in _strengths(settings.strength, trials, 1 if max_loss is None else TRIES):
         owner.weights.load(start)
         place = None if folder is None else folder / f"try-{len(trials)}"
-        told = None if progress is None else _told(progress, len(trials), strength)
+        said = f"try {len(trials) + 1}, strength {strength:.3g}"
+        told = None if progress is None else _told(progress, said)
         chosen = replace(settings, strength=strength)
-        figures = train(owner, objective, chosen, accelerator, ends=ends, folder=place, progress=told)
+        figures = train(
+            owner,
+            objective,
+            chosen,
+            accelerator,
+            ends=ends,
+            plain=None if plain is None else plain.worths,
+            folder=place,
+            progress=told,
+        ).figures
         owner.round()
         standalone, exposure = measure.standalone(), measure.exposure()
         loss = lost(measure.before, standalone)
@@ -80,7 +117,7 @@ def search(
         trials.append(Trial(strength, standalone, loss, exposure, allowed, figures))
         if allowed and (best is None or exposure.mean < best[0]):
             best = exposure.mean, owner.weights.copy()
-    return trials, None if best is None else best[1]
+    return Found(trials, None if best is None else best[1], plain)
 
 
 def _strengths(first: float, trials: list[Trial], tries: int) -> Iterator[float]:
@@ -102,7 +139,5 @@ def _strengths(first: float, trials: list[Trial], tries: int) -> Iterator[float]
             strength = math.sqrt(most * least)
 
 
-def _told(progress: Progress, number: int, strength: float) -> Callable[[int, int, str], None]:
-    return lambda done, total, label: progress(
-        done, total, f"try {number + 1}, strength {strength:.3g}: {label}"
-    )
+def _told(progress: Progress, said: str) -> Callable[[int, int, str], None]:
+    return lambda done, total, label: progress(done, total, f"{said}: {label}")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -54,6 +54,19 @@ class Settings:
     seed: int = 0
 
 
+class Trained(NamedTuple):
+    """What came of a training.
+
+    Attributes:
+        figures: the means over the last tenth of the steps, "loss" and "objective", the last strength, whether it
+            would be higher if it might, and how often training fell back.
+        worths: by step, what the fine-tune was worth at that look: 1 as it was at first, 0 the base.
+    """
+
+    figures: dict[str, float]
+    worths: dict[int, float]
+
+
 def train(
     owner: Owner,
     objective: Objective,
@@ -61,32 +74,31 @@ def train(
     accelerator: Accelerator,
     *,
     ends: Ends | None = None,
+    plain: Mapping[int, float] | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, float]:
+) -> Trained:
     """Train the owner's weights in place, from where they are.
 
     Args:
         owner, objective, settings: what is trained, and how.
         accelerator: runs passes in its precision.
-        ends: what the base and the fine-tune are, for a strength that follows.
+        ends: what the base and the fine-tune are, for looks at what it is worth.
+        plain: what it was worth at the looks of a plain training of as many steps; None stands for what it began with.
         folder: for checkpoints; training that has one there goes on from it. It must be this training's alone.
         progress: called with steps done, steps in all, and the losses.
-
-    Returns: the means over the last tenth of the steps, "loss" and "objective", the last strength, whether it would be
-        higher if it might, and how often training fell back.
 
     Raises:
         RunError: a loss that is not finite again and again.
     """
-    run = _Run(owner, settings, ends)
+    run = _Run(owner, settings, ends, plain or {})
     run.resume(folder)
-    good, parameters = run.state(run.random()), list(owner.weights.parameters.values())
+    good, parameters = run.state(run.passing()), list(owner.weights.parameters.values())
     with modes_kept(owner.module):
         owner.module.train()
         freeze_statistics(owner.module)
         while True:
-            random = run.random()
+            passing = run.passing()
             run.optimizer.zero_grad()
             batch = run.batch()
             with accelerator.autocast():
@@ -100,7 +112,7 @@ def train(
                 run.fall(good, value)
                 continue
             if run.done % SAVE == 0 or run.done == settings.steps:
-                good = run.state(random)
+                good = run.state(passing)
                 run.save(folder, good)
             # The last pass only sees whether the weights are any good.
             if run.done == settings.steps:
@@ -110,14 +122,17 @@ def train(
                 said = f"loss {value:.3f}, objective {extra:.3f}, λ {run.strength.value:.3g}"
                 progress(run.done, settings.steps, said)
     owner.module.eval()
-    return run.figures()
+    return Trained(run.figures(), run.worths)
 
 
 class _Run:
     """All that changes in a training but the weights' gradients, and its checkpoints."""
 
-    def __init__(self, owner: Owner, settings: Settings, ends: Ends | None) -> None:
-        self.owner, self.settings, self.ends = owner, settings, ends
+    def __init__(
+        self, owner: Owner, settings: Settings, ends: Ends | None, plain: Mapping[int, float]
+    ) -> None:
+        self.owner, self.settings, self.ends, self.plain = owner, settings, ends, plain
+        self.worths: dict[int, float] = {}
         self.strength = Strength(settings.strength, settings.may)
         self.done, self.falls, self.losses = 0, 0, list[tuple[float, float]]()
         parameters = list(owner.weights.parameters.values())
@@ -149,8 +164,8 @@ class _Run:
         return Step(owner.weights, self.draws, self.directions, owner.task, owner.module, batch, backward)
 
     def look(self) -> bool:
-        """Every few steps: a few merges, and the fine-tune, on held-out examples; False if they give no numbers."""
-        if self.ends is None or self.settings.may is None or not self.done or self.done % EVERY:
+        """Every few steps: the fine-tune, and a few merges, on held-out examples; False if they give no numbers."""
+        if self.ends is None or not self.done or self.done % EVERY:
             return True
         owner, count = self.owner, len(self.owner.task)
         size = min(self.settings.batch, count)
@@ -158,15 +173,18 @@ class _Run:
         try:
             with torch.no_grad(), modes_kept(owner.module):
                 owner.module.eval()
-                worth = self._worth(self.ends, index)
+                worth = self.worths[self.done] = self._worth(self.ends, index)
                 kept = []
-                for _ in range(SHOWN):
+                for _ in range(SHOWN if self.settings.may is not None else 0):
                     draw, direction = self.shown.draw(), self.turned.draw(owner.weights.vector())
                     with owner.weights.merged(draw, direction):
                         kept.append(self.ends.kept(owner.task.score(owner.module, index), index))
         except InputError:  # scores that are not finite
             return False
-        self.strength.follow(kept, worth)
+        if kept:
+            # Held-out examples may be ones that fine-tuning has seen: what any further training forgets of them by
+            # heart is not the objective's price.
+            self.strength.follow(kept, 1 + worth - min(1.0, self.plain.get(self.done, 1.0)))
         return True
 
     def _worth(self, ends: Ends, index: Sequence[int]) -> float:
@@ -201,7 +219,7 @@ class _Run:
                 group[name] *= slower
 
     def figures(self) -> dict[str, float]:
-        """What `train` returns."""
+        """As `Trained` has them."""
         last = self.losses[-max(1, self.settings.steps // 10) :]
         means = [sum(pair[place] for pair in last) / len(last) for place in (0, 1)]
         return {
@@ -223,16 +241,16 @@ class _Run:
             "turned noise": self.turned.noise,
         }
 
-    def random(self) -> dict[str, Any]:
-        """The states of all that is random, dropout as well."""
+    def passing(self) -> dict[str, Any]:
+        """What a pass changes beside the weights: all that is random, dropout as well, and the strength."""
         found = {name: one.get_state() for name, one in self._generators().items()}
         found["torch"] = torch.get_rng_state()
         if self.owner.device.type == "cuda":
             found["cuda"] = torch.cuda.get_rng_state(self.owner.device)
-        return found
+        return {"random": found, "strength": self.strength.state()}
 
-    def state(self, random: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything, copied; `random` is from before the pass that found the weights to be good."""
+    def state(self, passing: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything, copied; `passing` is from before the pass that found the weights to be good."""
         return {
             "settings": asdict(self.settings),
             "done": self.done,
@@ -240,9 +258,9 @@ class _Run:
             "weights": self.owner.weights.copy(),
             "optimizer": _copied(self.optimizer.state_dict()),
             "schedule": dict(self.schedule.state_dict()),
-            "random": dict(random),
             "losses": list(self.losses),
-            "strength": self.strength.state(),
+            "worths": dict(self.worths),
+            **passing,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -252,6 +270,7 @@ class _Run:
         self.schedule.load_state_dict(dict(state["schedule"]))
         self.strength.load(state["strength"])
         self.losses = [(one, other) for one, other in state["losses"]]
+        self.worths = dict(state["worths"])
         self.done, self.falls = int(state["done"]), int(state["falls"])
 
     def save(self, folder: Path | None, state: Mapping[str, Any]) -> None:
