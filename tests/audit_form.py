@@ -26,7 +26,7 @@ FORM: dict[str, Any] = {
     "levels": [{
         "level": COUNT, "name": TEXT, "recovered": MAYBE, "interval": [MAYBE], "protection": MAYBE,
         "gains": {"protected": MAYBE, "plain": MAYBE}, "reliable": bool, "reason": (str, type(None)),
-        "verdict": TEXT,
+        "verdict": TEXT, "notes": [TEXT], "stands_on": [{"level": COUNT, "row": COUNT, "attack": TEXT}],
         "floors": [{"asked": NUMBER, "floor": NUMBER, "protected": CHOSEN, "plain": CHOSEN, "without": CHOSEN,
                     "gain": {"protected": MAYBE, "plain": MAYBE}}],
         "joint": {"*": {**CHOSEN, "joint": NUMBER}},

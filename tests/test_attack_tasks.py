@@ -20,7 +20,8 @@ from unmergeable import _render_merge, attacks, cli
 from unmergeable.attacks import blocks, coefficients, distil, merge_attack_maker, repair
 from unmergeable.attacks.thief import Thief
 from unmergeable.audit import single
-from unmergeable.audit.explore import Explorer, finalists
+from unmergeable.audit.explore import Explorer
+from unmergeable.audit.finalists import finalists
 from unmergeable.audit.rows import Look
 from unmergeable.audit.work import one_thread
 from unmergeable.errors import InputError, UsageError

@@ -124,7 +124,8 @@ def test_the_bill_of_coefficients(scene: thief_cases.Scene, monkeypatch: pytest.
     starts, steps = 3, 10
     assert thief.bill.forwards == starts * steps * TRAIN * sum(few.values())
     assert len(explorer.looks) == starts
-    assert explorer.forwards == starts * (1 + steps // 5 + 1) * explorer.examples("screen")
+    screen = sum(len(index["screen"]) for index in scene.bench.index.values())
+    assert explorer.forwards == starts * (1 + steps // 5 + 1) * screen
     assert len(explorer.kept) <= len(explorer.looks)
 
 

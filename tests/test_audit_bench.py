@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import thief_cases
 from audit_cases import configuration, once, zoo
 from merging_models import nudged, transformer
-from unmergeable.attacks.prepare import COLLUDE
+from unmergeable.attacks.prepare import COLLUDE, COLLUDE_ALIGNED
 from unmergeable.audit import bench as bench_module
 from unmergeable.audit.bench import Bench, digest, estimate, halves, pick_device, pick_workers
 from unmergeable.audit.config import Config, make_config
@@ -81,8 +81,25 @@ def test_halves_are_drawn_by_the_seed() -> None:
 
 @pytest.mark.parametrize("count", range(4))
 def test_too_few_examples_are_refused(count: int) -> None:
-    with pytest.raises(InputError, match=f"too few examples .* expected 4, got {count}"):
-        halves(count, 9, 0)
+    with pytest.raises(InputError, match=f"^task moons: too few examples .* expected 4, got {count}"):
+        halves(count, 9, 0, "task moons")
+
+
+def test_what_is_wrong_with_tasks_is_told_at_once(folder: Path, tmp_path: Path) -> None:
+    fields = configuration(folder)
+    fields["tasks"][PROTECTED]["limit"] = 3
+    fields["tasks"][OWN[0]]["labels"] = "nothing"
+    fields["tasks"][OWN[1]]["limit"] = 2
+    with pytest.raises(InputError) as raised:
+        Bench(config(fields), tmp_path / "work")
+    said = str(raised.value)
+    assert "audit.yaml: 3 problems" in said
+    for task, got in ((PROTECTED, 3), (OWN[1], 2)):
+        assert (
+            f"task {task}: too few examples to choose on some and report on others, expected 4, got {got}"
+            in said
+        )
+    assert "nothing" in said
 
 
 # --- what is private -----------------------------------------------------------------------------------------
@@ -320,6 +337,15 @@ def test_releases_are_averaged(bench: Bench) -> None:
     one, two = bench.models["protected"], bench.models["release 2"]
     assert all(torch.allclose(mean[name], (one[name] + two[name]) / 2) for name in one)
     assert mean.keys() == one.keys()
+
+
+def test_releases_are_aligned_before_they_are_averaged(bench: Bench) -> None:
+    """Of one model, locked twice: aligned, they are that model, and so is their mean."""
+    raw, mean = (bench.prepare("protected", name) for name in (COLLUDE, COLLUDE_ALIGNED))
+    plain = bench.models["plain"]
+    assert mean.keys() == plain.keys()
+    assert near(mean, plain, plain)
+    assert not near(raw, plain, bench.base)
 
 
 @pytest.mark.parametrize("name", ["quantise-8", "quantise-4", "noise"])

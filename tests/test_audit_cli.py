@@ -124,7 +124,7 @@ def test_data_that_are_wrong_are_bad_input(
     config.write_text(yaml.safe_dump(fields))
     code, out, err = run(capsys, shared)
     assert (code, out) == (3, "")
-    assert "too few examples to choose on some and report on others, expected 4, got 3" in err
+    assert "task moons: too few examples to choose on some and report on others, expected 4, got 3" in err
     assert not Path("out/results.json").exists()
 
 

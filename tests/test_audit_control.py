@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from audit_cases import point, reference, row
-from unmergeable.audit.control import WORKS, controlled, doubt, full_dose_grid, required
+from unmergeable.audit.control import WORKS, controlled, doubt, full_dose_grid, grounds, required
 from unmergeable.audit.jobs import PROOF, Job
+from unmergeable.audit.results import ground, row_document, verdict
 from unmergeable.audit.rows import SIDES, Look, Row
 from unmergeable.audit.scores import judge
 
@@ -182,6 +183,60 @@ def test_a_part_of_the_suite_stands_on_what_was_named(
     assert found is None if said is None else str(found).startswith(said)
 
 
+# --- what figures stand on -----------------------------------------------------------------------------------
+
+
+def test_a_figure_stands_on_the_best_of_each_level() -> None:
+    better, data = row("anchor", "protected", (0.3, 0.3)), row("fisher", "protected", (0.2, 0.2))
+    rows = [
+        row("ties", "protected", (0.4, 0.4)),  # better than the one that the level stands on
+        FULL,
+        row("full_dose", "plain", GOOD),
+        COUPLED,
+        row("full_dose", "protected", (0.1, 0.1), prepared="anchor-coupled"),
+        replace(better, state="unreliable", reason="weak"),
+        row("regmean", "protected", (0.1, 0.9)),
+        data,
+        row("untrap", "protected", state="failed", reason="NaN"),
+        proof(),
+    ]
+    assert grounds(rows, reference(), 0) == (1,)
+    assert grounds(rows, reference(), 1) == (1, 4)
+    assert grounds(rows, reference(), 2) == grounds(rows, reference(), 3) == (1, 4, 7)
+    # Where the main attack was not asked for, the best of all.
+    assert grounds([rows[0], data], reference(), 2) == (0, 1)
+    assert grounds([], reference(), 3) == ()
+
+
+@pytest.mark.parametrize("recovered", [True, False])
+def test_verdicts_of_levels_with_data_name_an_attack_of_their_own(recovered: bool) -> None:
+    rows = [
+        row("full_dose", "plain", GOOD),
+        row("full_dose", "protected", GOOD if recovered else (-0.1, 0.4)),
+        row("regmean", "protected", (0.2, 0.3) if recovered else (-0.2, -0.3)),
+    ]
+    found = replace(judge(rows, reference(), 2, resamples=50), stands_on=grounds(rows, reference(), 2))
+    documents = [row_document(number, one, reference()) for number, one in enumerate(rows)]
+    said = verdict(found, documents)
+    own = (
+        "20 % of the task with 30 % of his own." if recovered else "-20 % of the task with -30 % of his own."
+    )
+    assert said.endswith(f" Best of its own attacks: regmean, {own}")
+    assert ("Best: full_dose, " in said) == recovered
+    assert [ground(documents[number]) for number in found.stands_on] == [
+        {"level": 0, "row": 1, "attack": "full_dose"}, {"level": 2, "row": 2, "attack": "regmean"}
+    ]  # fmt: skip
+    # One that is the best of all is not named twice, and levels without data have one attack that they stand on.
+    best = [rows[0], row("regmean", "protected", GOOD)]
+    found = replace(judge(best, reference(), 2, resamples=50), stands_on=grounds(best, reference(), 2))
+    assert (
+        verdict(found, [row_document(n, one, reference()) for n, one in enumerate(best)]).count("regmean")
+        == 1
+    )
+    below = replace(judge(rows, reference(), 0, resamples=50), stands_on=grounds(rows, reference(), 0))
+    assert "its own attacks" not in verdict(below, documents)
+
+
 # --- requirements --------------------------------------------------------------------------------------------
 
 
@@ -200,6 +255,9 @@ def test_a_requirement_holds_where_the_lower_limit_reaches_it() -> None:
         (Job("wide", "protected"), True),
     ):
         assert required([level], 0, limit, [job]).holds == holds
+    assert not required(
+        [replace(level, left_out=("ties",))], 0, limit
+    ).holds  # it failed on the protected model
     unjudged = required([replace(level, reason="because")], 0, 0.0)
     assert unjudged.found is None
     assert not unjudged.holds

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import thief_cases
 from audit_cases import configuration, equal, same, zoo
 from unmergeable.attacks.merges import Coefficients
 from unmergeable.attacks.thief import Look as Looking
 from unmergeable.attacks.thief import Thief
+from unmergeable.audit import explore as explore_module
 from unmergeable.audit import work
 from unmergeable.audit.bench import Bench
 from unmergeable.audit.config import make_config
-from unmergeable.audit.explore import LEAST, Explorer, explore, finalists
+from unmergeable.audit.explore import Explorer, explore
+from unmergeable.audit.finalists import LEAST, MOST, promising
 from unmergeable.audit.jobs import PROOF, Job, Start
 from unmergeable.audit.known import prepare
-from unmergeable.audit.rows import Look, Row
+from unmergeable.audit.rows import Row
 from unmergeable.audit.scores import Reference
 from unmergeable.audit.suite import merge_attack
 from unmergeable.audit.work import one_thread, run_job
 from unmergeable.errors import InputError, RunError
-from unmergeable.merging import Merged
+from unmergeable.merging import Merged, check
+from unmergeable.merging.check import Facts
 from unmergeable.merging.grids import FULL_DOSE_GRID
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROTECTED = thief_cases.PROTECTED
-VALUES = st.floats(-1, 1.5, allow_nan=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -99,28 +100,6 @@ def raising(error: Exception) -> Callable[[], object]:
     return throw
 
 
-# --- finalists -----------------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.tuples(VALUES, VALUES), max_size=12),
-    st.lists(VALUES, max_size=4),
-    st.integers(1, 5),
-)
-def test_finalists(pairs: list[tuple[float, float]], floors: list[float], least: int) -> None:
-    looks = [Look({}, *pair) for pair in pairs]
-    found = finalists(looks, floors, least)
-    assert len(set(found)) == len(found) >= min(least, len(looks))
-    assert len(found) <= max(least, 1 + len(floors))
-    if looks:
-        assert looks[found[0]].joint == max(look.joint for look in looks)
-    for floor in floors:
-        within = [(look.protected, look.protected + look.own) for look in looks if look.own >= floor]
-        best = [looks[number] for number in found if looks[number].own >= floor]
-        if within:
-            assert max(within) in [(look.protected, look.protected + look.own) for look in best]
-
-
 # --- a row ---------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +129,7 @@ def test_a_row_says_what_it_cost(bench: Bench, reference: Reference, row: Row) -
     screen, validation = (
         sum(len(one[half]) for one in bench.index.values()) for half in ("screen", "validation")
     )
-    full = len(finalists(row.looks, reference.floors))
+    full = len(promising(row.looks, reference.floors))
     assert row.cost.forwards == len(row.looks) * screen + full * validation
     assert (row.cost.inputs, row.cost.labelled, row.cost.tokens, row.cost.size) == (0, 0, 0, 1)
     assert row.cost.seconds > 0
@@ -160,6 +139,10 @@ def test_a_row_says_what_it_cost(bench: Bench, reference: Reference, row: Row) -
     assert taught.cost.forwards > len(taught.looks) * screen + validation
     wide = run_job(bench, reference, Job("wide", "plain"))
     assert wide.cost.size > 2
+    # A pass through it is a pass through all that it is made of: three models, and the base.
+    full = len(promising(wide.looks, reference.floors))
+    passes = len(wide.looks) * screen + full * validation
+    assert 2.5 * passes < wide.cost.forwards <= wide.cost.size * passes
 
 
 @pytest.mark.parametrize(
@@ -220,8 +203,10 @@ def test_an_attack_that_only_breaks_things_has_failed(bench: Bench, reference: R
     row = one(bench, reference, Doses((0.4, 0.5), broken=(0.4, 0.5)))
     assert (row.state, row.points) == ("failed", ())
     assert row.reason == "all 2 merges give answers that are no numbers"
+    assert not row.errored  # it was tried: a thief has nothing of such merges
     nothing = one(bench, reference, Doses(()))
     assert (nothing.state, nothing.reason) == ("failed", "nothing to try with these models")
+    assert nothing.errored
 
 
 def test_what_breaks_later_is_not_chosen(
@@ -267,13 +252,33 @@ def test_what_goes_wrong_is_part_of_the_row(
     assert (row.state, row.points) == (state, ())
     assert row.reason == " ".join((str(error) or type(error).__name__).split())
     assert "\n" not in str(row.reason)
+    assert row.errored
+    assert row.facts["error"] == type(error).__name__
     assert len(row.looks) == 2
     json.dumps(row.summary(), allow_nan=False)
 
 
-def test_a_bug_is_not_part_of_the_row(bench: Bench, reference: Reference) -> None:
-    with pytest.raises(KeyError):
-        one(bench, reference, Doses((0.4,), before={0.4: raising(KeyError("a bug"))}))
+class UnpicklableError(Exception):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, lambda: None)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("dose"), TypeError("no\nnumber"), UnpicklableError("odd")], ids=repr
+)
+def test_a_bug_costs_its_row_alone(error: Exception, bench: Bench, reference: Reference) -> None:
+    """Also in a worker, which sends the row home."""
+    row = one(bench, reference, Doses((0.4,), before={0.4: raising(error)}))
+    assert (row.state, row.points, row.errored) == ("failed", (), True)
+    assert str(row.reason).startswith(f"{type(error).__name__}: ")
+    assert "\n" not in str(row.reason)
+    assert equal(pickle.loads(pickle.dumps(row)), row)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=repr)
+def test_whoever_ends_the_audit_ends_it(error: Any, bench: Bench, reference: Reference) -> None:
+    with pytest.raises(type(error)):
+        one(bench, reference, Doses((0.4,), before={0.4: raising(error)}))
 
 
 @pytest.mark.parametrize(
@@ -289,6 +294,26 @@ def test_a_copy_is_no_merge(attack: Any, origin: str, bench: Bench, reference: R
     assert row.state == "unreliable"
     assert row.reason == f"not a merge: 100% of it is copied from one input, mostly from {origin}"
     assert row.points  # what it found stands
+
+
+def test_every_merge_that_is_chosen_is_looked_into(
+    bench: Bench, reference: Reference, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the best one alone: here the last one that a thief may choose is a copy."""
+    assert len(row.points) > 1
+    seen: list[Facts] = []
+
+    def facts(*arguments: Any) -> Facts:
+        seen.append(check.facts(*arguments))
+        last = len(seen) == len(row.points)
+        return replace(seen[-1], copied=1.0, copies={"base": ("all",)}) if last else seen[-1]
+
+    monkeypatch.setattr(explore_module, "facts", facts)
+    again = run_job(bench, reference, Job("full_dose", "plain"))
+    assert again.state == "unreliable"
+    assert again.reason == "not a merge: 100% of it is copied from one input, mostly from base"
+    assert len(again.points) == len(row.points) == len(seen)  # what it found stands
+    assert again.facts == row.facts  # of the best one
 
 
 def test_without_the_model_any_merge_will_do(bench: Bench, reference: Reference) -> None:
@@ -312,8 +337,8 @@ def test_only_the_best_are_kept_in_memory(bench: Bench, reference: Reference) ->
     explorer = Explorer(bench, reference)
     Doses(tuple(0.1 * number for number in range(12)), keep=True).explore(bench.thief("plain"), explorer)
     assert len(explorer.looks) == 12
-    assert LEAST <= len(explorer.kept) <= 1 + len(reference.floors)
-    assert set(explorer.kept) == set(finalists(explorer.looks, reference.floors))
+    assert LEAST <= len(explorer.kept) <= MOST
+    assert set(explorer.kept) == set(promising(explorer.looks, reference.floors))
 
 
 # --- known cases and starts ----------------------------------------------------------------------------------
@@ -333,6 +358,7 @@ def test_a_known_case_is_a_row_of_its_own(bench: Bench, reference: Reference) ->
         (InputError("nothing to act on"), "refused"),
         (RunError("disk full"), "failed"),
         (MemoryError(), "failed"),
+        (KeyError("a bug"), "failed"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -341,7 +367,8 @@ def test_a_known_case_that_goes_wrong_is_a_row(
 ) -> None:
     monkeypatch.setattr(work, "prove", lambda *arguments: raising(error)())
     row = run_job(bench, reference, Job(PROOF, "plain", "anchor-coupled"))
-    assert (row.state, row.reason) == (state, str(error) or type(error).__name__)
+    odd = "KeyError: " if isinstance(error, KeyError) else ""
+    assert (row.state, row.reason) == (state, odd + (str(error) or type(error).__name__))
 
 
 def test_an_alignment_that_aligns_nothing_is_found_out(

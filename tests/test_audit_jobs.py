@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audit_cases import reference, row
-from unmergeable.attacks.prepare import COLLUDE, PREPARATIONS
+from unmergeable.attacks.prepare import COLLUSIONS, PREPARATIONS
 from unmergeable.attacks.repair import EACH
 from unmergeable.audit.jobs import HELPS, PROOF, Job, Start, Waves
 from unmergeable.audit.rows import SIDES, Row
@@ -141,7 +141,8 @@ def test_a_named_preparation_brings_its_probes_and_its_known_case() -> None:
 def test_releases_are_brought_together_only_where_there_are_some() -> None:
     for releases in (False, True):
         jobs = {job for wave in run(waves(1, releases=releases)) for job in wave}
-        assert (Job("probe", "protected", COLLUDE) in jobs) == releases
+        for name in COLLUSIONS:
+            assert (Job("probe", "protected", name) in jobs) == releases
 
 
 @pytest.mark.parametrize("top", [0, 1, 2, 3])
@@ -156,7 +157,7 @@ def test_the_estimate_is_near(top: int, releases: bool) -> None:
 def test_names_are_those_of_the_suite() -> None:
     assert len(set(names())) == len(names())
     for name in names():
-        assert name in merge_attacks() or name in {*(one.name for one in PREPARATIONS), COLLUDE}
+        assert name in merge_attacks() or name in {*(one.name for one in PREPARATIONS), *COLLUSIONS}
     with pytest.raises(UsageError, match="the suite has no such attack"):
         merge_attack("magic")
 

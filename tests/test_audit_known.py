@@ -16,7 +16,7 @@ import thief_cases
 from audit_cases import configuration, zoo
 from unmergeable.audit.bench import Bench
 from unmergeable.audit.config import Config, make_config
-from unmergeable.audit.known import prepare
+from unmergeable.audit.known import _notes, prepare
 from unmergeable.audit.work import one_thread
 from unmergeable.errors import InputError
 
@@ -98,6 +98,18 @@ def test_a_protected_model_that_lost_its_task_is_noted(folder: Path, tmp_path: P
     (note,) = known.notes
     assert "the protected model by itself is worse at its task" in note
     assert "counts as protection" in note
+
+
+def test_a_base_of_the_same_line_is_noted(folder: Path, tmp_path: Path) -> None:
+    """Another fine-tune in the place of the base: what all others did to the base is undone in all of them."""
+    fields = configuration(folder)
+    fields["base"] = fields["others"].pop(OWN[0])
+    del fields["tasks"][OWN[0]]
+    found = Bench(config(fields), tmp_path / "work")
+    (note,) = _notes(found)
+    assert re.match(
+        rf"the changes of plain, {OWN[1]} against the base are alike, with cosines of 0\.[4-9]", note
+    )
 
 
 def test_few_examples_are_noted(folder: Path, tmp_path: Path) -> None:

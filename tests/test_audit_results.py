@@ -16,6 +16,7 @@ from audit_cases import ATTACKS, QUICK, audit, audited, configuration, zoo
 from audit_form import FORM, complaints
 from unmergeable.attacks.prepare import COLLUDE
 from unmergeable.audit.jobs import PROOF
+from unmergeable.audit.report import render
 from unmergeable.audit.results import AuditResult
 from unmergeable.audit.rows import SIDES
 from unmergeable.audit.scores import FLOORS
@@ -58,6 +59,11 @@ def test_rows_refer_to_each_other(shared: tuple[Path, AuditResult]) -> None:
                 if number is not None:
                     assert rows[number]["side"] in (side, "without")
                     assert rows[number]["level"] <= level["level"]
+        grounds = level["stands_on"]
+        assert [one["level"] for one in grounds] == list(range(level["level"] + 1))
+        assert all(rows[one["row"]]["attack"] == one["attack"] for one in grounds)
+        assert "full_dose" in rows[grounds[0]["row"]]["chain"]
+    assert rows[document["levels"][1]["stands_on"][1]["row"]]["chain"][0] == "anchor-coupled"
     for row in rows:
         if row["test"] is not None:
             assert row["test"]["joint"] == min(row["test"]["protected"], row["test"]["own"])
@@ -71,6 +77,17 @@ def test_the_report_says_what_the_results_say(shared: tuple[Path, AuditResult]) 
     for name in (*thief_cases.CLASSES, "anchor-coupled", "full_dose", COLLUDE, "quantise-4"):
         assert name in page
     assert result.as_dict()["models"]["protected"]["sha256"] in page
+    assert page.count("It stands on") == len(result.levels)
+
+
+def test_the_report_says_what_is_not_counted(shared: tuple[Path, AuditResult]) -> None:
+    document = shared[1].as_dict()
+    said = "not counted on any side, for they failed on the protected model: ties"
+    document["levels"][0]["notes"] = [said]
+    assert f"{said[:1].upper()}{said[1:]}." in render(document)
+    for level in document["levels"]:  # as earlier audits have written them
+        del level["notes"], level["stands_on"]
+    assert "It stands on" not in render(document)
 
 
 def test_there_are_rows_on_all_sides(shared: tuple[Path, AuditResult]) -> None:

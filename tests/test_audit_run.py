@@ -166,6 +166,29 @@ def test_what_failed_or_was_refused_is_tried_again(
     assert second.level(0).reason is None
 
 
+def test_other_data_behind_a_function_are_other_work(
+    models: Path, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function is the same, byte for byte: what it reads is not."""
+    (tmp_path / "hook.py").write_text(
+        "import json, pathlib\n"
+        "SCALE = pathlib.Path(__file__).with_name('scale.json')\n"
+        "def score(model, indices):\n"
+        "    scale = json.loads(SCALE.read_text())\n"
+        "    return [scale * float(model.vit.layernorm.bias.sum()) for _ in indices]\n"
+    )
+    biases = {name: float(module.vit.layernorm.bias.sum()) for name, module in thief_cases.trained().items()}
+    sign = 1 if biases[OWN[1]] > biases["base"] else -1
+    fields = configuration(models, attacks=["task_arithmetic"], levels=[0])
+    fields["tasks"][OWN[1]] = {"kind": "python", "function": f"{tmp_path}/hook.py:score", "examples": 40}
+    sides = len(SIDES)
+    for scale, run in ((1, True), (1, False), (2, True), (1, False)):
+        (tmp_path / "scale.json").write_text(str(sign * scale))
+        jobs.clear()
+        audit(fields, tmp_path / "out")
+        assert len(jobs) == (sides if run else 0), scale
+
+
 # --- budgets -------------------------------------------------------------------------------------------------
 
 

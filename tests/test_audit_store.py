@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audit_cases import equal, row
-from unmergeable.attacks.prepare import COLLUDE
+from unmergeable.attacks.prepare import COLLUDE, COLLUDE_ALIGNED
+from unmergeable.audit import run as run_module
 from unmergeable.audit.config import RELEASE
 from unmergeable.audit.jobs import Job, Start
 from unmergeable.audit.known import Known
@@ -264,6 +265,7 @@ def known(**changes: Any) -> Known:
         "settings": {task: f"settings of {task}" for task in ("p", "one", "two")},
         "tasks": {task: {"sha256": f"digest of {task}"} for task in ("p", "one", "two")},
         "machine": {"device": "cpu", "torch": "1", "transformers": "2", "mergekit": "3", "cores": 2},
+        "answers": {"base": "answers of base", "plain": "of plain", "protected": "of protected"},
     }
     for name, (key, value) in changes.items():
         given[name] = {**given[name], key: value}
@@ -289,6 +291,9 @@ PLAIN, LOCKED = Job("ties", "plain"), Job("ties", "protected")
         {"hashes": ("one", "x")},
         {"settings": ("two", "x")},
         {"tasks": ("p", {"sha256": "x"})},
+        {"answers": ("base", "x")},
+        {"answers": ("plain", "x")},
+        {"answers": ("protected", "x")},
         {"machine": ("torch", "x")},
         {"machine": ("transformers", "x")},
         {"machine": ("mergekit", None)},
@@ -326,18 +331,29 @@ def test_a_key_does_not_change_with_anything_else() -> None:
     assert key(LOCKED, machine=("cores", 96)) == key(LOCKED)
     # Only who holds a model depends on it; all values are relative to the plain one.
     assert key(PLAIN, hashes=("protected", "x")) == key(PLAIN)
+    assert key(PLAIN, answers=("protected", "x")) == key(PLAIN)
     assert key(Job("ties", "without"), hashes=("protected", "x")) == key(Job("ties", "without"))
     assert key(Job("ties", "without"), hashes=("plain", "x")) != key(Job("ties", "without"))
 
 
 def test_the_same_models_on_two_sides_are_the_same_work() -> None:
-    alike = {"hashes": ("protected", "hash of plain")}
+    alike = {"hashes": ("protected", "hash of plain"), "answers": ("protected", "of plain")}
     assert key(LOCKED, **alike) == key(PLAIN, **alike)
     assert key(LOCKED) != key(PLAIN)
+
+
+def test_another_version_of_the_tool_finds_rows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(LOCKED)
+    monkeypatch.setattr(run_module, "__version__", "99.0")
+    assert key(LOCKED) != before
 
 
 def test_further_releases_matter_to_those_who_bring_them_together() -> None:
     other = {"hashes": (f"{RELEASE}2", "x")}
     assert key(LOCKED, **other) == key(LOCKED)
-    for job in (Job("ties", "protected", COLLUDE), Job("repair-4", "protected", starts=(START, COLLUDED))):
+    for job in (
+        Job("ties", "protected", COLLUDE),
+        Job("ties", "protected", COLLUDE_ALIGNED),
+        Job("repair-4", "protected", starts=(START, COLLUDED)),
+    ):
         assert key(job, **other) != key(job)

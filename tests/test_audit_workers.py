@@ -226,6 +226,40 @@ def test_a_worker_that_dies_ends_the_audit(models: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_an_odd_error_in_a_worker_costs_its_row(models: Path, tmp_path: Path) -> None:
+    """A bug of ours or of a package, of a kind that cannot even be sent home."""
+    (tmp_path / "hook.py").write_text(
+        "import multiprocessing\n"
+        "from unmergeable.attacks.merges import Coefficients\n"
+        "class OddError(Exception):\n"
+        "    def __init__(self):\n"
+        "        super().__init__('a bug', lambda: None)\n"
+        "def explore(self, thief, look, real=Coefficients.explore):\n"
+        "    if self.name == 'task_arithmetic' and thief.has:\n"
+        "        raise OddError\n"
+        "    real(self, thief, look)\n"
+        "if multiprocessing.parent_process() is not None:\n"
+        "    Coefficients.explore = explore\n"
+        "def score(model, indices):\n"
+        "    return [float(model.vit.layernorm.bias.sum()) for _ in indices]\n"
+    )
+    fields = configuration(models, attacks=QUICK, levels=[0])
+    fields["tasks"][OWN[1]] = {"kind": "python", "function": f"{tmp_path}/hook.py:score", "examples": 40}
+    biases = {name: float(module.vit.layernorm.bias.sum()) for name, module in thief_cases.trained().items()}
+    if biases[OWN[1]] < biases["base"]:
+        path = tmp_path / "hook.py"
+        path.write_text(path.read_text().replace("[float(", "[-float("))
+    result = audit(fields, tmp_path / "out", workers=2)
+    rows = {(row.attack, row.side): row for row in result.rows}
+    for side in ("protected", "plain"):
+        odd = rows["task_arithmetic", side]
+        assert (odd.state, odd.errored) == ("failed", True)
+        assert str(odd.reason).startswith("OddError: ('a bug'")
+        assert rows["full_dose", side].state == "done"
+    assert rows["task_arithmetic", "without"].state == "done"
+
+
+@pytest.mark.slow
 def test_a_script_without_its_guard_is_told(models: Path, tmp_path: Path) -> None:
     """Workers import the script that started them."""
     fields = configuration(models, attacks=QUICK)

@@ -20,7 +20,8 @@ import unmergeable as um
 from unmergeable.attacks.thief import MergeAttack, Thief
 from unmergeable.audit.bench import Bench
 from unmergeable.audit.config import make_config
-from unmergeable.audit.explore import Explorer, finalists
+from unmergeable.audit.explore import Explorer
+from unmergeable.audit.finalists import finalists
 from unmergeable.audit.known import prepare
 from unmergeable.audit.scores import Reference
 from unmergeable.audit.work import one_thread

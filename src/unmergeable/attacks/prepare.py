@@ -132,7 +132,8 @@ PREPARATIONS: tuple[Preparation, ...] = (
     ),
     Preparation("noise", "the mean of noisy copies", ("base",), change=noised),
 )  # fmt: skip
-COLLUDE = "collude"
+# Several releases of one model as one: their mean as they are, and after all were brought to one form.
+COLLUDE, COLLUDE_ALIGNED = COLLUSIONS = ("collude", "collude-aligned")
 
 
 def preparation(name: str) -> Preparation:

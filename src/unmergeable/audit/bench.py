@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..attacks import attack
-from ..attacks.prepare import COLLUDE, OTHER, preparation
 from ..attacks.thief import Subject, Thief
 from ..attacks.wide import fill
 from ..checkpoint.problems import Problems
@@ -31,11 +29,13 @@ from ..stock import base_prefix, load_module, module_state
 from ..tasks import open_task
 from ..tasks.task import Task
 from .config import RELEASE, Config
+from .prepared import once, prepared
 from .rows import Scores, Side
 
 if TYPE_CHECKING:
     from ..merging import State
 
+FEWEST = 4  # examples of a task
 HALVES = ("screen", "validation", "test")
 CLASSIFIERS = ("image-classification", "text-classification")
 # Fields of a model's configuration that say where it is from, or how it was stored.
@@ -70,18 +70,26 @@ class Bench:
         self.others = tuple(config.fields.others)
         work.mkdir(parents=True, exist_ok=True)
         self.paths = {role: self._folder(config.path(written)) for role, written in config.models()}
-        self.tasks: dict[str, Task] = {
-            name: open_task(
-                name,
-                config.fields.tasks[name].model_dump(exclude_none=True),
-                folder=config.folder,
-                model=self.paths["plain" if name == self.protected else name],
-            )
-            for name in config.tasks
-        }
-        self.index = {name: halves(len(task), task.screen, self.seed) for name, task in self.tasks.items()}
+        self._open_tasks()
         self._load()
         self._prepared: tuple[tuple[Side, str], dict[str, torch.Tensor]] | None = None
+
+    def _open_tasks(self) -> None:
+        """Tasks, and which of their examples are for what; what is wrong with any of them is told at once."""
+        self.tasks: dict[str, Task] = {}
+        self.index: dict[str, dict[str, list[int]]] = {}
+        problems = Problems(self.config.where)
+        for name in self.config.tasks:
+            with problems.collect():
+                task = open_task(
+                    name,
+                    self.config.fields.tasks[name].model_dump(exclude_none=True),
+                    folder=self.config.folder,
+                    model=self.paths["plain" if name == self.protected else name],
+                )
+                self.index[name] = halves(len(task), task.screen, self.seed, f"task {name}")
+                self.tasks[name] = task
+        problems.raise_any()
 
     def _folder(self, path: Path) -> Path:
         """A model as a folder that its stock class opens: an adapter is folded into its base."""
@@ -232,43 +240,8 @@ class Bench:
             InputError: the preparation does not apply.
         """
         if self._prepared is None or self._prepared[0] != (side, name):
-            self._prepared = (side, name), self._prepare(side, name)
+            self._prepared = (side, name), prepared(self, side, name)
         return self._prepared[1]
-
-    def _prepare(self, side: Side, name: str) -> dict[str, torch.Tensor]:
-        model = self.models[side]
-        if name == COLLUDE:
-            return self._mean([model, *(s for role, s in self.models.items() if role.startswith(RELEASE))])
-        chosen = preparation(name)
-        if chosen.change is not None:
-            return chosen.change(model, self.base, self.seed)
-        anchor = self.paths["base" if chosen.anchor != OTHER else self.others[0]]
-        source = self.paths[side]
-        for number, (step, options) in enumerate(chosen.steps, 1):
-            target = (
-                self.work / "prepared" / side / ("+".join(s for s, _ in chosen.steps[:number]) + f"-{name}")
-            )
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                once(target, _attacking(step, source, target, anchor, self.seed, options))
-            source = target
-        state = module_state(load_module(source, device=self.device))
-        renamed = rename_like(list(self.models[side]), state)[0]
-        return {name: tensor.clone() for name, tensor in renamed.items()}
-
-    def _mean(self, states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.stack([state[name].float() for state in states]).mean(0).to(tensor.dtype)
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in states[0].items()
-        }
-
-
-def _attacking(
-    step: str, source: Path, target: Path, anchor: Path, seed: int, options: Mapping[str, Any]
-) -> Any:
-    return lambda: attack(step, source, target, base=anchor, seed=seed, **options)
 
 
 def digest(state: State) -> str:
@@ -289,29 +262,22 @@ def _settings(module: torch.nn.Module) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def once(target: Path, make: Any) -> None:
-    """Make a folder that appears whole or not at all, where another worker may be making it too."""
-    try:
-        make()
-    except InputError:
-        if not target.exists():
-            raise
-
-
 def _in_body(name: str, module: torch.nn.Module) -> bool:
     """Whether a tensor belongs to the body of a class that has a head on it; classes without are all body."""
     prefix = base_prefix(module)
     return not prefix or name.startswith(prefix)
 
 
-def halves(count: int, screen: int, seed: int) -> dict[str, list[int]]:
+def halves(count: int, screen: int, seed: int, where: str | None = None) -> dict[str, list[int]]:
     """Examples in random order, half of them to choose merges on, the others to report; a few to look at first.
 
     Raises:
-        InputError: fewer than four examples.
+        InputError: fewer than FEWEST examples, at `where`.
     """
-    if count < 4:
-        raise InputError("too few examples to choose on some and report on others", expected="4", got=count)
+    if count < FEWEST:
+        what = "too few examples to choose on some and report on others"
+        hint = "give it more evaluation examples, or a larger limit"
+        raise InputError(what, where=where, expected=FEWEST, got=count, hint=hint)
     order = np.random.default_rng([seed, 0x4A1F]).permutation(count)
     validation, test = np.sort(order[: count // 2]), np.sort(order[count // 2 :])
     few = np.sort(order[: min(screen, count // 2)])

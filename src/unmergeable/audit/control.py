@@ -82,12 +82,31 @@ def doubt(rows: Sequence[Row], level: int, only: Collection[str] | None) -> str 
     return None
 
 
+def grounds(rows: Sequence[Row], reference: Reference, level: int) -> tuple[int, ...]:
+    """Rows that a level's figure stands on, by their place: on each level up to it the best one that is believed.
+
+    Where a level stands on an attack of its own, the best one with it.
+    """
+    found = []
+    for below in range(level + 1):
+        done = {
+            number: max(min(reference.pair("validation", point.validation)) for point in row.points)
+            for number, row in enumerate(rows)
+            if row.side == "protected" and row.level == below and row.state == "done" and row.points
+        }
+        named = [number for number in done if STANDS_ON.get(below) in rows[number].chain]
+        if done:
+            found.append(max(named or done, key=lambda number: done[number]))
+    return tuple(found)
+
+
 def required(
     levels: Sequence[Level], level: int, protection: float, left_out: Sequence[Job] = ()
 ) -> Requirement:
-    """Whether a level's lower limit reaches what was asked for; an attack that was left out might take it."""
+    """Whether a level's lower limit reaches what was asked for; an attack that was not tried might take it."""
     found = next(one for one in levels if one.level == level)
-    lower = None if found.reason is not None or untried(left_out, level) else 1.0 - found.interval[1]
+    unknown = found.reason is not None or found.left_out or untried(left_out, level)
+    lower = None if unknown else 1.0 - found.interval[1]
     return Requirement(level, protection, lower)
 
 

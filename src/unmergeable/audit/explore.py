@@ -11,16 +11,16 @@ import numpy as np
 
 from ..attacks.merges import Coefficients, Method
 from ..attacks.thief import MergeAttack, Pair, Subject, Thief
-from ..errors import InputError, RunError
+from ..errors import InputError, UnmergeableError
 from ..merging import Merged
 from ..merging.check import facts
 from .bench import Bench
-from .rows import Cost, Look, Point, Row, Scores, Side
+from .finalists import finalists, promising
+from .rows import Cost, Look, Point, Row, Scores, Side, State
 from .scores import Reference
 
-# What torch and numpy raise where memory, or a decomposition, fails them.
-FAILURES = (RunError, MemoryError, RuntimeError, np.linalg.LinAlgError)
-LEAST = 3  # merges of an attack that are scored on all validation examples, if it has so many
+# Our own errors, and what torch and numpy raise where memory, or a decomposition, fails them.
+FAILURES = (UnmergeableError, MemoryError, RuntimeError, np.linalg.LinAlgError)
 Starts = Callable[[], Sequence[tuple[Mapping[str, Any], Merged]]]
 
 
@@ -32,7 +32,7 @@ class Explorer:
         looks: everything that was looked at, in order.
         kept: merges that are held in memory, by their place in `looks`: the best ones so far.
         broken: merges whose answers are no numbers.
-        forwards: passes that looking took.
+        forwards: passes that looking, and choosing among the best, took.
     """
 
     bench: Bench
@@ -52,42 +52,28 @@ class Explorer:
         self.looks.append(Look(dict(options), *pair))
         if kept is not None:
             self.kept[len(self.looks) - 1] = kept
-            wanted = set(finalists(self.looks, self.reference.floors))
+            wanted = set(promising(self.looks, self.reference.floors))
             self.kept = {number: one for number, one in self.kept.items() if number in wanted}
         return pair
 
     def peek(self, subject: Subject) -> Pair:
         """Values on a few examples; minus infinity where the answers are no numbers."""
-        self.forwards += self.examples("screen")
         try:
-            return self.reference.pair("screen", self.bench.measure(subject, "screen"))
+            return self.reference.pair("screen", self.measure(subject, "screen"))
         except InputError:
             return -np.inf, -np.inf
 
-    def examples(self, half: str) -> int:
-        """How many examples all tasks have in a half."""
-        return sum(len(index[half]) for index in self.bench.index.values())
+    def measure(self, subject: Subject, half: str) -> Scores:
+        """Scores on a half of the examples; the passes that they take are counted.
 
-
-def finalists(looks: Sequence[Look], floors: Sequence[float], least: int = LEAST) -> list[int]:
-    """What is worth more than a look: the best of both values, the best with each floor, the next best to `least`.
-
-    Of looks that are as good, the one that gives more of the rest, as thieves choose.
-    """
-    found: dict[int, None] = {}
-    both = [look.protected + look.own for look in looks]
-    order = sorted(range(len(looks)), key=lambda number: (-looks[number].joint, -both[number]))
-    if order:
-        found[order[0]] = None
-    for floor in floors:
-        within = [number for number in range(len(looks)) if looks[number].own >= floor]
-        if within:
-            found[max(within, key=lambda number: (looks[number].protected, both[number]))] = None
-    for number in order:
-        if len(found) >= least:
-            break
-        found[number] = None
-    return list(found)
+        Raises:
+            As `Bench.measure`.
+        """
+        for task, index in self.bench.index.items():
+            # A pass through a wide merge is one through all of its models.
+            size = 1.0 if isinstance(subject, Merged) else float(getattr(subject[task], "size_ratio", 1.0))
+            self.forwards += size * len(index[half])
+        return self.bench.measure(subject, half)
 
 
 def explore(
@@ -114,19 +100,19 @@ def explore(
     thief: Thief | None = None
     points: list[Point] = []
     found: dict[str, Any] = {}
-    state, reason = "done", None
+    state: State = "done"
+    reason: str | None = None
     try:
         thief = bench.thief(side, prepared, starts())
         attack.explore(thief, explorer)
         points, problems = _score(bench, thief, attack, explorer, side, found)
         if not points:
-            state, reason = "failed", _nothing(explorer)
+            state, reason = "failed", _nothing(explorer, found)
         elif problems:
             state, reason = "unreliable", f"not a merge: {'; '.join(problems)}"
-    except InputError as error:
-        state, reason = "refused", said(error)
-    except FAILURES as error:
-        state, reason = "failed", said(error)
+    except Exception as error:
+        state, reason = failed(error)
+        found["error"] = type(error).__name__
     if explorer.broken:
         found["broken"] = explorer.broken
     return Row(
@@ -138,7 +124,7 @@ def explore(
         points=tuple(points),
         looks=tuple(explorer.looks),
         cost=_cost(thief, explorer, time.monotonic() - began),
-        state=state,  # type: ignore[arg-type]
+        state=state,
         reason=reason,
         seed=bench.seed,
         facts=found,
@@ -153,22 +139,22 @@ def _score(
     side: Side,
     found: dict[str, Any],
 ) -> tuple[list[Point], list[str]]:
-    """The finalists on both halves, and why the best of them is no merge."""
+    """The finalists on both halves, and why some of them are no merges."""
     floors = explorer.reference.floors
     scored: list[tuple[Look, Subject | None, Scores]] = []
-    for number in finalists(explorer.looks, floors):
+    for number in promising(explorer.looks, floors):
         options = explorer.looks[number].options
         # What was kept is in memory; a grid's merge is made again, in one buffer: it is scored at once.
         subject = explorer.kept.get(number) or attack.make(thief, options)
         try:
-            scores = bench.measure(subject, "validation")
+            scores = explorer.measure(subject, "validation")
         except InputError:  # finite on a few examples, not on all
             explorer.broken += 1
             continue
         pair = explorer.reference.pair("validation", scores)
         scored.append((Look(options, *pair), explorer.kept.get(number), scores))
     points: list[Point] = []
-    problems: list[str] = []
+    problems: dict[str, None] = {}
     # What is the best by nothing on validation examples will not be chosen: it needs no test.
     for place, number in enumerate(finalists([look for look, _, _ in scored], floors, least=1)):
         look, kept, scores = scored[number]
@@ -179,33 +165,47 @@ def _score(
             explorer.broken += 1
             continue
         points.append(Point(look.options, scores, test))
-        if place == 0 and side != "without" and isinstance(attack, Coefficients | Method):
+        if side != "without" and isinstance(attack, Coefficients | Method):
             assert isinstance(subject, Merged)
             checked = facts(thief.base, thief.experts, subject.shared)
-            problems = checked.problems
-            found |= {"moved": checked.moved, "shares": dict(checked.shares), "near_base": checked.near_base}
-    return points, problems
+            problems |= dict.fromkeys(checked.problems)
+            if place == 0:
+                found |= {
+                    "moved": checked.moved,
+                    "shares": dict(checked.shares),
+                    "near_base": checked.near_base,
+                }
+    return points, list(problems)
 
 
 def _cost(thief: Thief | None, explorer: Explorer, seconds: float) -> Cost:
     if thief is None:
         return Cost(seconds=seconds)
     bill = thief.bill
-    full = len(finalists(explorer.looks, explorer.reference.floors)) * explorer.examples("validation")
     return Cost(
         inputs=sum(bill.inputs.values()),
         labelled=sum(bill.labelled.values()),
         tokens=sum(bill.tokens.values()),
-        forwards=bill.forwards + explorer.forwards + full,
+        forwards=bill.forwards + explorer.forwards,
         seconds=seconds,
         size=bill.size,
     )
 
 
-def _nothing(explorer: Explorer) -> str:
+def _nothing(explorer: Explorer, found: dict[str, Any]) -> str:
     if explorer.broken:
         return f"all {explorer.broken} merges give answers that are no numbers"
+    found["error"] = "nothing to try"
     return "nothing to try with these models"
+
+
+def failed(error: Exception) -> tuple[State, str]:
+    """What an error makes of a row. An odd one, of a bug perhaps, costs its row and not the audit."""
+    if isinstance(error, InputError):
+        return "refused", said(error)
+    if isinstance(error, FAILURES):
+        return "failed", said(error)
+    return "failed", f"{type(error).__name__}: {said(error)}"
 
 
 def said(error: BaseException) -> str:

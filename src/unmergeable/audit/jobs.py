@@ -15,7 +15,7 @@ from typing import Any
 from ..attacks.blocks import Blocks
 from ..attacks.merges import PROBE_MERGE, Method
 from ..attacks.merges import Coefficients as Grid
-from ..attacks.prepare import COLLUDE, PREPARATIONS
+from ..attacks.prepare import COLLUSIONS, PREPARATIONS
 from ..attacks.repair import Repair
 from .rows import SIDES, Row, Side
 from .scores import Reference
@@ -87,7 +87,7 @@ class Waves:
 
     def __init__(self, top: int, only: Sequence[str] | None, releases: bool, reference: Reference) -> None:
         self.top, self.only, self.reference = top, None if only is None else set(only), reference
-        self.preparations = [one.name for one in PREPARATIONS] + ([COLLUDE] if releases else [])
+        self.preparations = [one.name for one in PREPARATIONS] + list(COLLUSIONS if releases else ())
         self.preparations = [name for name in self.preparations if self._wanted(name)]
         self.shelf = [a.name for a in merge_attacks().values() if a.access == 0 and a is not PROBE_MERGE]
         self.shelf = [name for name in self.shelf if self._wanted(name)]

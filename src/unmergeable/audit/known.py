@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..checkpoint.files import load_json
 from ..merging.write import FAR
 from .bench import HALVES, Bench
 from .config import RELEASE, ROLES, Config
+from .lineage import doubtful_base
 from .machine import machine
 from .resampling import resample
 from .scores import (
@@ -32,7 +34,12 @@ FEW = 30
 
 @dataclass(frozen=True)
 class Known:
-    """Everything that is known before the first attack."""
+    """Everything that is known before the first attack.
+
+    Attributes:
+        answers: SHA-256 of what models score on tasks whose digest does not cover their data, by who holds them:
+            "base" with the thief's own models, "plain", "protected". None where all tasks are covered.
+    """
 
     config: Config
     reference: Reference
@@ -43,6 +50,7 @@ class Known:
     standalone: Mapping[str, Any]
     notes: Sequence[str]
     machine: Mapping[str, Any]
+    answers: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(bench: Bench) -> Known:
@@ -92,7 +100,29 @@ def prepare(bench: Bench) -> Known:
         standalone,
         [*_notes(bench), *_doubts(bench.protected, tasks, standalone)],
         machine(bench.device),
+        _answers(bench, base, plain, released),
     )
+
+
+def _answers(
+    bench: Bench, base: Mapping[str, Any], plain: Mapping[str, Any], released: Mapping[str, Any]
+) -> dict[str, str]:
+    """What a function reads may change while the function does not; then what models score changes, too."""
+    open_ended = [name for name, task in bench.tasks.items() if not task.complete]
+    scores: dict[str, list[Any]] = {"base": [], "plain": [], "protected": []}
+    for half in HALVES:
+        for name in open_ended:
+            scores["base"].append(base[half][name])
+            if name == bench.protected:
+                scores["plain"].append(plain[half][name])
+                scores["protected"].append(released[half])
+            else:
+                scores["base"].append(plain[half][name])
+    return {
+        role: hashlib.sha256(np.concatenate(found).tobytes()).hexdigest()
+        for role, found in scores.items()
+        if found
+    }
 
 
 def _models(bench: Bench) -> dict[str, dict[str, Any]]:
@@ -137,6 +167,12 @@ def _notes(bench: Bench) -> list[str]:
                 f"{role} is {far:.2f} of the base's norm away from it: is this its base? "
                 "Merges of it mean little if not"
             )
+    if notes:
+        return notes
+    # Those that no lock has moved.
+    tuned = {role: bench.models[role] for role in ("plain", *bench.others)}
+    if (doubtful := doubtful_base(bench.base, tuned)) is not None:
+        notes.append(doubtful)
     return notes
 
 

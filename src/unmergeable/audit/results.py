@@ -9,6 +9,7 @@ from typing import Any
 from .. import __version__
 from .rows import LEVELS, Row
 from .scores import FLOORS, Level, Reference
+from .suite import STANDS_ON
 
 DOCUMENT, DOCUMENT_VERSION = "unmergeable.audit", 1
 
@@ -103,7 +104,14 @@ class AuditResult:
             "tasks": {name: dict(task) for name, task in self.tasks.items()},
             "standalone": dict(self.standalone),
             "floors": list(FLOORS),
-            "levels": [{**level.as_dict(), "verdict": verdict(level, rows)} for level in self.levels],
+            "levels": [
+                {
+                    **level.as_dict(),
+                    "verdict": verdict(level, rows),
+                    "stands_on": [ground(rows[number]) for number in level.stands_on],
+                }
+                for level in self.levels
+            ],
             "rows": rows,
             "curve": {side: [list(point) for point in points] for side, points in self.curve.items()},
             "grid": None if self.grid is None else dict(self.grid),
@@ -129,6 +137,11 @@ def row_document(number: int, row: Row, reference: Reference) -> dict[str, Any]:
     return found
 
 
+def ground(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row that a level's figure stands on, for JSON."""
+    return {"level": row["level"], "row": row["id"], "attack": row["attack"]}
+
+
 def verdict(level: Level, rows: Sequence[Mapping[str, Any]]) -> str:
     """A sentence for one level of access, for somebody who reads nothing else."""
     who = f"Level {level.level} ({LEVELS[level.level]})"
@@ -148,11 +161,20 @@ def verdict(level: Level, rows: Sequence[Mapping[str, Any]]) -> str:
             f" Best: {rows[best.row]['attack']}, {percent(best.value)} of the task "
             f"with {percent(best.own)} of his own."
         )
+    # The best of all may be of a level below: then what this level adds is named as well.
+    own = [number for number in level.stands_on if rows[number]["level"] == level.level]
+    if level.level > max(STANDS_ON) and own and f"Best: {rows[own[0]]['attack']}, " not in how:
+        values = rows[own[0]]["test"]
+        how += (
+            f" Best of its own attacks: {rows[own[0]]['attack']}, {percent(values['protected'])} of the task "
+            f"with {percent(values['own'])} of his own."
+        )
+    left_out = "".join(f" {note[:1].upper()}{note[1:]}." for note in level.notes)
     share = "nothing" if level.recovered <= 0 else percent(level.recovered)
     low, high = (percent(limit) for limit in level.interval)
     return (
         f"{who}: a thief gets {share} of what the unprotected model would give him "
-        f"(95 % interval {low} to {high}).{how}"
+        f"(95 % interval {low} to {high}).{how}{left_out}"
     )
 
 

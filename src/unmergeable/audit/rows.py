@@ -36,7 +36,8 @@ class Cost:
         inputs, labelled: different examples that it used without and with their labels, beyond those that
             merges are chosen on.
         tokens: labels in them, for text.
-        forwards: forward passes of one example through one model; a step of training counts as three.
+        forwards: forward passes of one example through one model; a step of training counts as three, and a pass
+            through a wide merge as many as its size is of one model's.
         seconds: wall clock of one worker.
         size: parameters of the result over those of one model.
     """
@@ -107,6 +108,14 @@ class Row:
     def attack(self) -> str:
         """The chain as one name."""
         return " > ".join(self.chain)
+
+    @property
+    def errored(self) -> bool:
+        """Whether an error kept the attack from being tried: what it would have got is not known.
+
+        Merges that were made, and whose answers are no numbers, are a result.
+        """
+        return "error" in self.facts and not self.points
 
     def summary(self) -> dict[str, Any]:
         """Ready for JSON, without scores: those are for `scores`."""

@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..attacks.prepare import COLLUDE
+from .. import __version__
+from ..attacks.prepare import COLLUSIONS
 from ..errors import InputError, RunError, UsageError
 from .bench import Bench, pick_workers
 from .config import RELEASE, Config, make_config, read_config
-from .control import controlled, doubt, full_dose_grid, required, untried
+from .control import controlled, doubt, full_dose_grid, grounds, required, untried
 from .jobs import Job, Waves
 from .known import Known, prepare
 from .results import AuditResult
@@ -164,9 +165,10 @@ def _depends(known: Known, job: Job) -> dict[str, Any]:
     """Everything that a row depends on: the side says only which models are held."""
     fields = known.config.fields
     held = {"protected": ["protected"], "plain": ["plain"], "without": []}[job.side]
-    colluding = COLLUDE in (job.prepared, *(start.prepared for start in job.starts))
+    colluding = {job.prepared, *(start.prepared for start in job.starts)} & set(COLLUSIONS)
     releases = [role for role in known.hashes if role.startswith(RELEASE)] if colluding else []
     return {
+        "tool": __version__,
         "suite": SUITE,
         "job": {name: value for name, value in job.as_dict().items() if name != "side"},
         "base": known.hashes["base"],
@@ -174,6 +176,7 @@ def _depends(known: Known, job: Job) -> dict[str, Any]:
         # In their order: the first one is what some attacks align to.
         "others": [[task, known.hashes[task]] for task in fields.others],
         "plain": known.hashes["plain"],  # values are relative to it
+        "answers": [known.answers.get(role) for role in ("base", "plain", *held)],
         "tasks": {name: [task["sha256"], known.settings[name]] for name, task in known.tasks.items()},
         "protected": fields.protected.task,
         "private": fields.private,
@@ -202,7 +205,7 @@ def _result(
     for level in config.levels:
         judged = judge(rows, reference, level, seed=seed)
         reason = judged.reason or doubt(rows, level, config.fields.attacks)
-        levels.append(replace(judged, reason=reason))
+        levels.append(replace(judged, reason=reason, stands_on=grounds(rows, reference, level)))
     notes = list(known.notes)
     if config.fields.attacks is not None:
         notes.append("only a part of the suite was run: the figures are those of the attacks that were named")

@@ -16,7 +16,7 @@ models, and thieves choose anew: an interval has in it that another draw makes a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from ..errors import InputError
 from .resampling import drawn, shares_of
 from .rows import LEVELS, SIDES, Floats, Point, Row, Scores, Side
+from .uneven import uneven
 
 FLOORS = (0.0, 0.25, 0.5, 0.75)
 RESAMPLES = 2000
@@ -143,6 +144,8 @@ class Level:
         gains: Σ G by side, with the protected and the plain model.
         joint: by side, the best min(value, own).
         reason: why nothing can be said; None if it can.
+        left_out: attacks that failed on the protected model alone, and are counted on no side.
+        stands_on: rows that the figure stands on: the best one of each level up to this one.
     """
 
     level: int
@@ -152,6 +155,14 @@ class Level:
     gains: Mapping[str, float]
     joint: Mapping[Side, Chosen]
     reason: str | None = None
+    left_out: tuple[str, ...] = ()
+    stands_on: tuple[int, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What else is to be known of the figures, in words."""
+        said = f"not counted on any side, for they failed on the protected model: {', '.join(self.left_out)}"
+        return [said] if self.left_out else []
 
     @property
     def protection(self) -> float:
@@ -186,6 +197,7 @@ class Level:
             },
             "reliable": self.reason is None,
             "reason": self.reason,
+            "notes": self.notes,
         }
 
 
@@ -208,7 +220,8 @@ def judge(
         level: of access.
         seed, resamples: of the bootstrap.
     """
-    pools = {side: _pool(rows, reference, level, side) for side in SIDES}
+    without, names = uneven(rows, level)
+    pools = {side: _pool(rows, reference, level, side, without) for side in SIDES}
     floors = tuple(
         Floor(asked, floor, _chosen(pools, reference, floor))
         for asked, floor in zip(FLOORS, reference.floors, strict=True)
@@ -216,28 +229,31 @@ def judge(
     joint = _chosen(pools, reference, None)
     gains = {side: sum(floor.gain(side) for floor in floors) for side in ("protected", "plain")}
     reason = None
-    if not pools["plain"] and not pools["without"]:
-        return Level(
-            level, floors, np.nan, (np.nan, np.nan), gains, joint, "no merge of these models could be made"
-        )
-    if gains["plain"] < LEAST:
+    if names and not pools["plain"]:
+        reason = f"every attack that works on the unprotected model failed on the protected one: {', '.join(names)}"
+    elif not pools["plain"] and not pools["without"]:
+        reason = "no merge of these models could be made"
+    elif gains["plain"] < LEAST:
         reason = (
             f"merges of the unprotected model give no more than merges without it (Σ G {gains['plain']:.2f}): "
             "there is nothing that could be recovered"
         )
-        return Level(level, floors, np.nan, (np.nan, np.nan), gains, joint, reason)
+    if reason is not None:
+        return Level(level, floors, np.nan, (np.nan, np.nan), gains, joint, reason, names)
     drawn = _bootstrap(pools, reference, seed, resamples)
     edge = (1 - COVERAGE) / 2
     low, high = np.nanpercentile(drawn, [100 * edge, 100 * (1 - edge)])
-    return Level(
-        level, floors, gains["protected"] / gains["plain"], (float(low), float(high)), gains, joint, reason
-    )
+    recovered = gains["protected"] / gains["plain"]
+    return Level(level, floors, recovered, (float(low), float(high)), gains, joint, None, names)
 
 
-def _pool(rows: Sequence[Row], reference: Reference, level: int, side: Side) -> list[_Candidate]:
+def _pool(
+    rows: Sequence[Row], reference: Reference, level: int, side: Side, without: Collection[int] = ()
+) -> list[_Candidate]:
+    """Everything to choose from on a side, but for the rows at the places `without`."""
     found = []
     for number, row in enumerate(rows):
-        if row.side == side and row.level <= level:
+        if row.side == side and row.level <= level and number not in without:
             for point in row.points:
                 found.append(_Candidate(number, point, *reference.pair("validation", point.validation)))
     return found
@@ -365,6 +381,8 @@ def curve(rows: Sequence[Row], reference: Reference, side: Side) -> list[tuple[f
     At each cost the union of all attacks that cost no more, as `judge` chooses.
     """
     levels = max(LEVELS)
+    taken_out, _ = uneven(rows, levels)
+    rows = [row for number, row in enumerate(rows) if number not in taken_out]
     prices = sorted({row.cost.forwards for row in rows if row.points and row.side in (side, "without")})
     found: list[tuple[float, float]] = []
     for price in prices:

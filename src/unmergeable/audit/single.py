@@ -28,7 +28,8 @@ from ..options import declared, unknown
 from ..stock import quiet
 from .bench import Bench
 from .config import make_config, read_config
-from .explore import Explorer, finalists
+from .explore import Explorer
+from .finalists import promising
 from .known import prepare
 from .suite import merge_attack
 from .work import one_thread
@@ -71,7 +72,6 @@ def attack_on_tasks(
         if not explorer.looks:
             raise InputError("the attack found no merge that gives answers", where=name)
         chosen, subject, pairs = _best(attack, thief, explorer)
-        scored = len(finalists(explorer.looks, explorer.reference.floors)) * explorer.examples("validation")
         _write(attack, bench, chosen, subject, Path(dst), Path(target))
     bill, (changed, size) = thief.bill, _compared(Path(target), Path(dst))
     return AttackReport(
@@ -84,7 +84,7 @@ def attack_on_tasks(
         cost=attack.about,
         budget={
             "examples": sum(bill.inputs.values()) + sum(bill.labelled.values()),
-            "forward_passes": round(bill.forwards + explorer.forwards + scored),
+            "forward_passes": round(bill.forwards + explorer.forwards),
         },
         keeps_function=False,
         seed=seed,
@@ -147,10 +147,10 @@ def _best(
     """The merge with the best worse of both values on validation examples, and its values on both halves."""
     reference, bench = explorer.reference, explorer.bench
     best: tuple[float, int, Pair] | None = None
-    for number in finalists(explorer.looks, reference.floors):
+    for number in promising(explorer.looks, reference.floors):
         subject = explorer.kept.get(number) or attack.make(thief, explorer.looks[number].options)
         with suppress(InputError):  # answers that are no numbers
-            pair = reference.pair("validation", bench.measure(subject, "validation"))
+            pair = reference.pair("validation", explorer.measure(subject, "validation"))
             if best is None or min(pair) > best[0]:
                 best = min(pair), number, pair
     if best is None:

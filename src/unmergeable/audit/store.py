@@ -19,7 +19,7 @@ from ..errors import InputError, RunError
 from .rows import LEVELS, SIDES, Cost, Floats, Look, Point, Row, State
 
 # Part of every key: raise it when an attack or a score changes what a row would hold.
-NUMERICS = 2
+NUMERICS = 3
 _HALVES = ("validation", "test")
 STATES = get_args(State)
 

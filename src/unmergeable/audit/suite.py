@@ -15,7 +15,7 @@ from ..attacks.coefficients import Coefficients
 from ..attacks.distil import TARGETS, Distil
 from ..attacks.informed import Fisher, RegMean
 from ..attacks.merges import PROBE_MERGE, off_the_shelf
-from ..attacks.prepare import COLLUDE, PREPARATIONS
+from ..attacks.prepare import COLLUSIONS, PREPARATIONS
 from ..attacks.repair import EACH, Repair, Untrap
 from ..attacks.thief import MergeAttack
 from ..attacks.wide import Wide
@@ -66,4 +66,4 @@ def merge_attack(name: str) -> MergeAttack:
 def names() -> list[str]:
     """Everything that a configuration may choose by `attacks:`."""
     merges = [name for name in merge_attacks() if name != PROBE_MERGE.name]  # comes with every preparation
-    return [*merges, *(one.name for one in PREPARATIONS), COLLUDE]
+    return [*merges, *(one.name for one in PREPARATIONS), *COLLUSIONS]

@@ -20,13 +20,13 @@ import torch
 from ..attacks.prepare import OTHER, preparation
 from ..attacks.proof import prove
 from ..attacks.thief import detached
-from ..errors import InputError, RunError
+from ..errors import RunError
 from ..merging import Merged
 from .bench import Bench
 from .config import Config, make_config
-from .explore import FAILURES, explore, said
+from .explore import explore, failed
 from .jobs import PROOF, Job, Start
-from .rows import Cost, Row
+from .rows import Cost, Row, State
 from .scores import Reference
 from .suite import merge_attack
 
@@ -59,15 +59,14 @@ def _proof(bench: Bench, job: Job) -> Row:
     chosen = preparation(job.prepared)
     anchor = bench.paths["base" if chosen.anchor != OTHER else bench.others[0]]
     facts: Mapping[str, Any] = {}
-    state, reason = "done", None
+    state: State = "done"
+    reason: str | None = None
     try:
         solved = prove(chosen, bench.paths["plain"], anchor, bench.seed)
         facts, reason = solved.as_dict(), solved.reason
         state = "done" if solved.holds else "unreliable"
-    except InputError as error:
-        state, reason = "refused", said(error)
-    except FAILURES as error:
-        state, reason = "failed", said(error)
+    except Exception as error:
+        state, reason = failed(error)
     return Row(
         (job.prepared, PROOF),
         "plain",
@@ -75,7 +74,7 @@ def _proof(bench: Bench, job: Job) -> Row:
         chosen.about,
         chosen.needs,
         cost=Cost(seconds=time.monotonic() - began),
-        state=state,  # type: ignore[arg-type]
+        state=state,
         reason=reason,
         seed=bench.seed,
         facts=facts,

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class FunctionTask(Task):
         source: what the configuration calls it, for messages.
         examples: how many there are.
     """
+
+    complete: ClassVar[bool] = False
 
     name: str
     kind: str
@@ -107,7 +109,8 @@ def read(name: str, fields: Mapping[str, Any], *, folder: Path, model: Path) -> 
     """Open a task that a function scores; see `tasks.open_task`.
 
     A file is run as it lies there, by itself: it can import what is installed. Its digest covers the file or the
-    module that the function is in, its options and the number of examples, and nothing that it reads or imports.
+    module that the function is in, its options and the number of examples, and nothing that it reads or imports:
+    an audit sees by the scores of its models whether that is another than before.
     """
     where = f"task {name}"
     given = parse_fields(Function, fields, where)

@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -79,7 +79,10 @@ class Task(ABC):
         metric: what a score is.
         digest: SHA-256 of everything that scores depend on but the model.
         screen: how many examples are enough for a first look.
+        complete: whether the digest covers all of that; not what a function of the user's reads by itself.
     """
+
+    complete: ClassVar[bool] = True
 
     name: str
     kind: str

@@ -73,7 +73,8 @@ TERMS: tuple[tuple[str, str], ...] = (
     (
         "control",
         "the same attack on the model as it was before protection. Where the control gets nothing either, the "
-        "attack is weak, and its failure says nothing about the protection.",
+        "attack is weak, and its failure says nothing about the protection. Where an error kept an attack from "
+        "being tried on the protected model alone, its control is not counted either.",
     ),
 )
 

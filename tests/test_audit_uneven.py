@@ -1,0 +1,97 @@
+"""Attacks that failed on the protected model alone: nothing that their controls get is counted as protection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from audit_cases import reference, row
+from score_cases import look
+from unmergeable.audit.results import verdict
+from unmergeable.audit.rows import Row
+from unmergeable.audit.scores import curve
+from unmergeable.audit.uneven import uneven
+
+
+def errored(name: str, side: Any = "protected", prepared: str | None = None, state: Any = "failed") -> Row:
+    return row(name, side, prepared=prepared, state=state, reason="it broke", facts={"error": "RuntimeError"})
+
+
+DOSE = [row("full_dose", "plain", (0.6, 0.8)), row("full_dose", "protected", (0.3, 0.8))]
+TIES = row("ties", "plain", (0.9, 0.8))
+
+
+@pytest.mark.parametrize("state", ["failed", "refused"])
+def test_the_control_of_an_attack_that_failed_is_not_counted(state: Any) -> None:
+    known = reference()
+    level = look([*DOSE, TIES, errored("ties", state=state)], known)
+    assert level.recovered == pytest.approx(look(DOSE, known).recovered) == pytest.approx(0.5)
+    assert level.left_out == ("ties",)
+    assert level.notes == ["not counted on any side, for they failed on the protected model: ties"]
+    assert level.as_dict()["notes"] == level.notes
+    assert verdict(level, [{"attack": one.attack, "level": 0} for one in DOSE]).endswith(
+        " Not counted on any side, for they failed on the protected model: ties."
+    )
+    # Places of rows are those of the whole audit.
+    assert [floor.chosen["plain"].row for floor in level.floors] == [0] * 4
+    assert curve([*DOSE, TIES, errored("ties")], known, "plain") == curve(DOSE, known, "plain")
+
+
+def test_neither_is_what_a_thief_gets_by_it_without_the_model() -> None:
+    known = reference()
+    rows = [*DOSE, TIES, row("ties", "without", (0.3, 0.8))]
+    assert look(rows, known).recovered == pytest.approx(0)
+    assert look([*rows, errored("ties")], known).recovered == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [TIES],  # not tried
+        [TIES, row("ties", "protected", (0.1, 0.8))],
+        [TIES, row("ties", "protected", state="failed", reason="all 9 merges", facts={"broken": 9})],
+        [errored("ties", "plain"), errored("ties")],  # on both models
+        [errored("ties"), row("ties", "without", (0.5, 0.8))],  # no control of the model
+    ],
+)
+def test_everything_else_is_counted(rows: list[Row]) -> None:
+    level = look([*DOSE, *rows], reference())
+    assert (level.left_out, level.notes) == ((), [])
+    assert uneven([*DOSE, *rows], 3) == (frozenset(), ())
+
+
+def test_attacks_are_paired_by_what_is_done_to_the_model_before() -> None:
+    plain = [row("ties", "plain", (0.9, 0.8)), row("ties", "plain", (0.95, 0.8), prepared="noise")]
+    raw = row("ties", "protected", (0.2, 0.8))
+    found = uneven([*plain, raw, errored("ties", prepared="noise")], 1)
+    assert found == (frozenset({1}), ("noise > ties",))
+    # At a level below it was not tried: nor was its control.
+    assert uneven([*plain, raw, errored("ties", prepared="noise")], 0) == (frozenset(), ())
+
+
+def test_a_merge_that_never_came_through_has_all_rows_as_its_controls() -> None:
+    """Each side has preparations of its own: that of the protected model is an alignment, the plain one needs none."""
+    rows = [
+        row("regmean", "plain", (0.9, 0.8)),
+        row("regmean", "without", (0.2, 0.8)),
+        errored("regmean", prepared="anchor-coupled"),
+    ]
+    assert uneven(rows, 2) == (frozenset({0, 1}), ("regmean",))
+    assert uneven([*rows, row("regmean", "protected", (0, 0))], 2) == (frozenset(), ())
+
+
+def test_a_level_of_which_nothing_is_left_is_not_judged() -> None:
+    rows = [
+        TIES,
+        errored("ties"),
+        row("ties", "without", (0.1, 0.8)),
+        row("full_dose", "protected", (0.3, 0.8)),
+    ]
+    level = look(rows, reference())
+    assert (
+        level.reason == "every attack that works on the unprotected model failed on the protected one: ties"
+    )
+    assert np.isnan(level.recovered)
+    assert "not judged. Every attack that works" in verdict(level, [])
