@@ -171,6 +171,6 @@ def test_a_missing_package_is_named(folder: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 3
-    assert "align-permutation: a package is missing" in done.stderr
+    assert "attack: a package is missing" in done.stderr
     assert "hint: pip install 'unmergeable[attack]'" in done.stderr
     assert not (tmp_path / "out").exists()

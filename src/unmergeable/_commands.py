@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import _render as render
 from . import _render_merge as render_merge
 from ._terminal import passphrase, progress
-from .errors import InputError, UsageError
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .keys import Key
@@ -182,26 +182,22 @@ def _attack(args: argparse.Namespace) -> Outcome:
     from .attacks import attack_named, merge_attack_maker
     from .options import assign, declared
 
-    try:
-        made = attack_named(args.name).run if args.audit is None else merge_attack_maker(args.name)
-        options = assign(args.name, declared(made), args.set or ())
-        with progress("attack", args.quiet, unit="step") as told:
-            report = attack(
-                args.name,
-                args.target,
-                args.dst,
-                audit=args.audit,
-                base=args.base,
-                anchor=args.anchor,
-                seed=args.seed,
-                config=args.config,
-                spec=args.spec,
-                progress=told,
-                **options,
-            )
-    except ImportError as error:
-        hint = "pip install 'unmergeable[attack]'"
-        raise InputError("a package is missing", where=args.name, got=error, hint=hint) from error
+    made = attack_named(args.name).run if args.audit is None else merge_attack_maker(args.name)
+    options = assign(args.name, declared(made), args.set or ())
+    with progress("attack", args.quiet, unit="step") as told:
+        report = attack(
+            args.name,
+            args.target,
+            args.dst,
+            audit=args.audit,
+            base=args.base,
+            anchor=args.anchor,
+            seed=args.seed,
+            config=args.config,
+            spec=args.spec,
+            progress=told,
+            **options,
+        )
     return Outcome(report.as_dict(), render_merge.attacked(report))
 
 
@@ -210,36 +206,32 @@ def _harden(args: argparse.Namespace) -> Outcome:
     from .harden import harden
 
     key = None if args.key is None else _key(args)
-    try:
-        fields = _yaml_pairs(args.set or ())
-        with progress("harden", args.quiet, unit="step") as told:
-            report = harden(
-                args.expert,
-                args.dst,
-                base=args.base,
-                data=args.data,
-                task=args.task,
-                fields=fields,
-                proxies=args.proxies or (),
-                made=args.made,
-                objective=args.objective,
-                strength=args.strength,
-                max_loss=args.max_loss,
-                may=args.may,
-                steps=args.steps,
-                rate=args.rate,
-                batch=args.batch,
-                seed=args.seed,
-                lock=key,
-                control=args.control,
-                device=args.device,
-                precision=args.precision,
-                checkpointing=args.gradient_checkpointing,
-                progress=told,
-            )
-    except ImportError as error:
-        hint = "pip install 'unmergeable[harden]'"
-        raise InputError("a package is missing", where="harden", got=error, hint=hint) from error
+    fields = _yaml_pairs(args.set or ())
+    with progress("harden", args.quiet, unit="step") as told:
+        report = harden(
+            args.expert,
+            args.dst,
+            base=args.base,
+            data=args.data,
+            task=args.task,
+            fields=fields,
+            proxies=args.proxies or (),
+            made=args.made,
+            objective=args.objective,
+            strength=args.strength,
+            max_loss=args.max_loss,
+            may=args.may,
+            steps=args.steps,
+            rate=args.rate,
+            batch=args.batch,
+            seed=args.seed,
+            lock=key,
+            control=args.control,
+            device=args.device,
+            precision=args.precision,
+            checkpointing=args.gradient_checkpointing,
+            progress=told,
+        )
     return Outcome(report.as_dict(), render_harden.hardened(report), list(report.notes))
 
 

@@ -57,8 +57,8 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-loss", metavar="POINTS", type=float,
-        help="try strengths, and take the strongest that loses no more of the held-out score: points of accuracy, or "
-        "per cent of the cross-entropy; exit code 1 if there is none",
+        help="try strengths, and take the one that exposes least of those that lose no more of the held-out score: "
+        "points of accuracy, or per cent of the cross-entropy; exit code 1 if there is none",
     )  # fmt: skip
     parser.add_argument(
         "--steps",

@@ -14,11 +14,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._parser import build_parser
-from .errors import RunError, UnmergeableError
+from .errors import InputError, RunError, UnmergeableError
 
 if TYPE_CHECKING:
     from ._commands import Outcome
 
+# What a verb needs beyond the package's own requirements; `prove`, where a verb is not here.
+_EXTRAS = {verb: verb for verb in ("merge", "attack", "audit", "harden", "demo")}
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141
 
 
@@ -44,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return outcome.code
     except UnmergeableError as error:
         return _report(args, error)
+    except ImportError as error:
+        if args is None or (error.name or "").partition(".")[0] in ("", __package__):
+            return _unexpected(args, error)
+        return _report(args, _missing(args.verb, error))
     except BrokenPipeError:
         # The reader has gone, as in `unmergeable inspect MODEL | head`; nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,9 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(args, RunError("out of memory", hint="give it more memory, or fewer --jobs"))
     except OSError as error:
         return _report(args, RunError(error.strerror or str(error), where=error.filename))
-    except Exception as error:  # a bug: say so with all that helps to find it, and not by exit code 1
-        traceback.print_exc()
-        return _report(args, RunError(f"unexpected {type(error).__name__}: {error}"))
+    except Exception as error:
+        return _unexpected(args, error)
+
+
+def _unexpected(args: argparse.Namespace | None, error: Exception) -> int:
+    """A bug: say so with all that helps to find it, and not by exit code 1."""
+    traceback.print_exc()
+    return _report(args, RunError(f"unexpected {type(error).__name__}: {error}"))
+
+
+def _missing(verb: str, error: ImportError) -> InputError:
+    """A package that is not installed, or is too old, and the extra that brings it."""
+    extra = _EXTRAS.get(verb, "prove")
+    if verb == "lock" and (error.name or "").startswith("scipy"):
+        extra = "params"
+    hint = f"pip install 'unmergeable[{extra}]'"
+    return InputError("a package is missing, or too old", where=verb, got=error, hint=hint)
 
 
 def _print(args: argparse.Namespace, outcome: Outcome) -> None:
