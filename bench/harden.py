@@ -143,7 +143,10 @@ def planned(args: argparse.Namespace) -> list[Job]:
     for seed in args.seeds:
         for case in chosen:
             rank = 1 + seed + (2.5 if case.family == "lora" and seed != args.seeds[0] else 0)
-            first, shown = seed == args.seeds[0], case.protected in ("fmnist", "c") and case.family != "lora"
+            first, shown = (
+                seed == args.seeds[0],
+                case.protected in ("fashion", "fmnist", "c") and case.family != "lora",
+            )
             for way in bars(case):
                 judge(rank, case, way, seed, args.attacks, args.top)
             if "peft" in args.groups and case.family == "lora":
