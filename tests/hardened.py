@@ -19,7 +19,7 @@ def harden(models: Path, dst: Path, **changes: Any) -> Any:
     """The protected task's model hardened, on a CPU; `changes` are arguments of `um.harden`, or the `expert`."""
     given = {
         "base": models / "base", "data": models / f"{PROTECTED}-train.npz", "proxies": [models / OWN[0]],
-        "rate": 2e-3, "device": "cpu",
+        "rate": 2e-3, "device": "cpu", "objective": "trap",
     }  # fmt: skip
     expert = changes.pop("expert", models / PROTECTED)
     return um.harden(expert, dst, **(given | changes))

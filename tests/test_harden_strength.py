@@ -165,6 +165,10 @@ def test_by_itself_the_traps_strength_follows(models: Path, tmp_path: Path) -> N
     assert both.strength != 0.2
 
 
+def test_of_images_the_trap_is_not_alone(models: Path, tmp_path: Path) -> None:
+    assert harden(models, tmp_path / "out", objective=None, steps=3).objective == "trap+collapse"
+
+
 def test_what_merges_may_keep_decides(models: Path, tmp_path: Path) -> None:
     """Less may be kept: the strength rises instead of falling, and less is kept."""
     found = []

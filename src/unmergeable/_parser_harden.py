@@ -44,8 +44,8 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
         help="directions that are made up in the place of a thief's fine-tunes: random, spectrum; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--objective", metavar="NAME", default="trap",
-        help=f"{', '.join(OBJECTIVES)}, or several with a + between them (%(default)s)",
+        "--objective", metavar="NAME",
+        help=f"{', '.join(OBJECTIVES)}, or several with a + between them (trap+collapse for images, trap for text)",
     )  # fmt: skip
     parser.add_argument(
         "--strength", metavar="λ", type=float, help="of the objective, fixed, or the first to try"

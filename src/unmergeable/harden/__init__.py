@@ -84,7 +84,7 @@ def harden(
     fields: Mapping[str, Any] | None = None,
     proxies: Sequence[Path_] = (),
     made: Sequence[str] | None = None,
-    objective: str | Objective = "trap",
+    objective: str | Objective | None = None,
     strength: float | None = None,
     max_loss: float | None = None,
     may: float | None = None,
@@ -114,7 +114,7 @@ def harden(
         made: directions that are made up in the place of a thief's fine-tunes: `random` (by itself), `spectrum`; none
             of them needs proxies.
         objective: `trap`, `collapse`, `trap2`, `repel`, `plain` (a control), or several with a + between them; or an
-            object of the protocol in `harden.objectives`.
+            object of the protocol in `harden.objectives`. `trap+collapse` for images and `trap` for text if not given.
         strength: of the objective, fixed; with `max_loss`, the first one that is tried. Without either, the trap's
             strength follows what simulated merges keep.
         max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
