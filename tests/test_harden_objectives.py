@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from test_harden_merges import opened
 from unmergeable.errors import UsageError
 from unmergeable.harden.directions import Directions
 from unmergeable.harden.draws import Draws
-from unmergeable.harden.objectives import LEAST, Repel, Step, Trap, Trap2, objective, unlikelihood
+from unmergeable.harden.objectives import (
+    LEAST,
+    Repel,
+    Step,
+    Trap,
+    Trap2,
+    mean_states,
+    objective,
+    unlikelihood,
+)
 from unmergeable.harden.wrapper import Hardening
 from unmergeable.tasks.task import IGNORED, Examples, TensorTask
 
@@ -155,6 +165,19 @@ def test_repel_moves_what_has_not_moved() -> None:
 def test_trap2_is_the_loss_at_another_scale() -> None:
     _, given = step()
     assert Trap2().add(given, 1.0) < 0
+
+
+def test_states_of_convolutions_are_averaged_over_places() -> None:
+    _, given = step()
+    flat, maps = torch.randn(2, 5, 3), torch.randn(2, 3, 4, 6)
+
+    class States:
+        def states(self, call: Any, batch: Any) -> tuple[torch.Tensor, ...]:
+            return torch.zeros(2, 1, 1), flat, maps
+
+    found = mean_states(replace(given, task=States()), 2)
+    assert torch.allclose(found[0], flat.mean(1))
+    assert torch.allclose(found[1], maps.mean((2, 3)))
 
 
 def test_names() -> None:

@@ -25,6 +25,7 @@ from unmergeable.harden.objectives import Plain, Trap
 from unmergeable.harden.run import MAY
 from unmergeable.harden.strength import WIDEST, Ends, Strength
 from unmergeable.merging.tensors import load_state
+from unmergeable.tasks.task import TensorTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -165,8 +166,18 @@ def test_by_itself_the_traps_strength_follows(models: Path, tmp_path: Path) -> N
     assert both.strength != 0.2
 
 
-def test_of_images_the_trap_is_not_alone(models: Path, tmp_path: Path) -> None:
+def test_of_images_the_trap_is_not_alone(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert harden(models, tmp_path / "out", objective=None, steps=3).objective == "trap+collapse"
+
+    def none(*_: Any) -> Any:
+        raise InputError("the model gives no hidden states")
+
+    monkeypatch.setattr(TensorTask, "states", none)
+    assert harden(models, tmp_path / "without", objective=None, steps=3).objective == "trap"
+    with pytest.raises(InputError, match="no hidden states"):
+        harden(models, tmp_path / "asked", objective="trap+collapse", steps=3)
 
 
 def test_what_merges_may_keep_decides(models: Path, tmp_path: Path) -> None:

@@ -237,11 +237,13 @@ def objective(name: str) -> Objective:
 def mean_states(step: Step, layers: int) -> list[torch.Tensor]:
     """Hidden states of the last layers, the mean over positions, (n, width) each, in float32.
 
+    Those of convolutions are (n, width, rows, columns).
+
     Raises:
         InputError: the model gives none.
     """
-    found = step.task.states(step.call, step.batch)[-layers:]
-    return [state.float().flatten(1, -2).mean(1) for state in found]
+    found = [state.float() for state in step.task.states(step.call, step.batch)[-layers:]]
+    return [one.mean((2, 3)) if one.ndim == 4 else one.flatten(1, -2).mean(1) for one in found]
 
 
 def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..audit.init import kind_of
 from ..audit.scores import check_separation, separation
 from ..checkpoint import check_destination, open_checkpoint
@@ -121,6 +123,8 @@ def run_harden(
         # A training must not fail at its end: what it begins with is written, and locked, for once.
         write(owner, source, Path(work) / "tried", Path(work), lock)
         shutil.rmtree(Path(work) / "tried")
+        if named is None and not _has_states(owner):
+            chosen = objective_of("trap")
         measure = Measure(owner, settings.made)
         check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
         exposed = measure.exposure()
@@ -169,6 +173,16 @@ def _check_there(*paths: Path) -> None:
     for path in paths:
         if not path.exists():
             raise InputError("no such file or folder", where=path)
+
+
+def _has_states(owner: Owner) -> bool:
+    """Whether the model gives hidden states, which some objectives learn from."""
+    try:
+        with torch.no_grad():
+            owner.task.states(owner.module.eval(), owner.task.evaluation[:1].to(owner.device))
+    except InputError:
+        return False
+    return True
 
 
 def _check_beside(source: Path, target: Path, control: Path) -> None:
