@@ -267,6 +267,8 @@ def test_tasks_that_cannot_be_told_apart_are_refused(
     clear = separation(np.zeros(100), np.array([1.0] * 60 + [0.0] * 40))
     with pytest.raises(InputError, match="second: the fine-tune does not beat its base clearly enough"):
         check_separation({"first": clear, "second": apart})
+    with pytest.raises(InputError, match=r"^second, third: .*standard errors.*; .*standard errors"):
+        check_separation({"second": apart, "first": clear, "third": apart})
 
 
 def test_tasks_that_can_be_told_apart_are_not_refused() -> None:
@@ -284,6 +286,13 @@ def test_a_fine_tune_must_beat_its_base_on_both_halves(half: str) -> None:
     unlucky = {**known.plain, half: {**known.plain[half], "b": known.base[half]["b"]}}
     with pytest.raises(InputError, match=f"^b: .* on the {half} half"):
         check_halves(replace(known, plain=unlucky))
+
+
+def test_all_tasks_and_halves_without_a_gain_are_named() -> None:
+    known = reference()
+    with pytest.raises(InputError, match="on the validation and the test half") as caught:
+        check_halves(replace(known, plain=known.base))
+    assert str(caught.value).startswith(f"{', '.join(known.tasks)}: ")
 
 
 # --- the curve -----------------------------------------------------------------------------------------------

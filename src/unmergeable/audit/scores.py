@@ -343,36 +343,43 @@ def check_separation(found: Mapping[str, Separation]) -> None:
     """Refuse tasks on which base and fine-tune cannot be told apart.
 
     Raises:
-        InputError: for the first such task.
+        InputError: for all such tasks at once.
     """
-    for task, one in found.items():
-        if not one.enough:
-            raise InputError(
-                "the fine-tune does not beat its base clearly enough to measure anything between them",
-                where=task,
-                expected=f"{SEPARATION:g} standard errors of the paired difference",
-                got=f"{one.plain:.4f} against {one.base:.4f}, {one.times:.1f} standard errors of {one.error:.4f}",
-                hint="give it more evaluation examples, or a task that the fine-tune has learnt",
-            )
+    close = {task: one for task, one in found.items() if not one.enough}
+    if close:
+        raise InputError(
+            "the fine-tune does not beat its base clearly enough to measure anything between them",
+            where=", ".join(close),
+            expected=f"{SEPARATION:g} standard errors of the paired difference",
+            got="; ".join(
+                f"{one.plain:.4f} against {one.base:.4f}, {one.times:.1f} standard errors of {one.error:.4f}"
+                for one in close.values()
+            ),
+            hint="give it more evaluation examples, or a task that the fine-tune has learnt",
+        )
 
 
 def check_halves(reference: Reference) -> None:
     """Refuse tasks whose fine-tune beats its base on all examples, but not on those that are chosen or reported on.
 
     Raises:
-        InputError: for the first such task; its values would be upside down, or no numbers.
+        InputError: for all such tasks at once; their values would be upside down, or no numbers.
     """
+    below = []
     for half in ("validation", "test"):
         for task in reference.tasks:
             base, plain = (float(scores[half][task].mean()) for scores in (reference.base, reference.plain))
             if not plain > base:
-                raise InputError(
-                    f"the fine-tune does not beat its base on the {half} half of the examples",
-                    where=task,
-                    expected=f"a score above {base:.4f}",
-                    got=f"{plain:.4f}",
-                    hint="give it more evaluation examples",
-                )
+                below.append((task, half, base, plain))
+    if below:
+        halves = " and the ".join(dict.fromkeys(half for _, half, *_ in below))
+        raise InputError(
+            f"the fine-tune does not beat its base on the {halves} half of the examples",
+            where=", ".join(dict.fromkeys(task for task, *_ in below)),
+            expected="; ".join(f"a score above {base:.4f}" for *_, base, _ in below),
+            got="; ".join(f"{plain:.4f}" for *_, plain in below),
+            hint="give it more evaluation examples",
+        )
 
 
 def curve(rows: Sequence[Row], reference: Reference, side: Side) -> list[tuple[float, float]]:
