@@ -10,7 +10,8 @@ import numpy as np
 
 from unmergeable.audit.results import AuditResult, Requirement
 from unmergeable.audit.rows import SIDES, Cost, Look, Point, Row, Side
-from unmergeable.audit.scores import Reference, curve, judge, separation
+from unmergeable.audit.scores import Reference, curve, judge
+from unmergeable.audit.separation import separation
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 LONG = "a-fine-tune-with-a-name-that-nobody-would-want-to-type_" + "0123456789abcdef" * 6

@@ -19,11 +19,9 @@ from unmergeable.audit.scores import (
     MARGIN,
     Level,
     Reference,
-    check_halves,
-    check_separation,
     curve,
-    separation,
 )
+from unmergeable.audit.separation import check_halves, check_separation, separation
 from unmergeable.errors import InputError
 
 

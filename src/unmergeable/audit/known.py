@@ -21,10 +21,8 @@ from .scores import (
     COVERAGE,
     RESAMPLES,
     Reference,
-    check_halves,
-    check_separation,
-    separation,
 )
+from .separation import check_halves, check_separation, separation
 
 # The part of what the plain model has learnt that a protected one must keep to go without a note.
 KEPT = 0.95

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..audit.init import kind_of
-from ..audit.scores import check_separation, separation
+from ..audit.separation import check_separation, separation
 from ..checkpoint import check_destination, open_checkpoint
 from ..checkpoint.files import load_json
 from ..errors import ClaimError, InputError, UsageError

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..audit.scores import separation
+from ..audit.separation import separation
 
 if TYPE_CHECKING:
     from ..tasks.task import Floats

@@ -8,7 +8,8 @@ from typing import Any
 
 from ...attacks import NEEDS
 from ..rows import LEVELS
-from ..scores import MARGIN, SEPARATION
+from ..scores import MARGIN
+from ..separation import SEPARATION
 from .numerals import setting
 
 SIDE = {"protected": "protected model", "plain": "unprotected model", "without": "neither"}
