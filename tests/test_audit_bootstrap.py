@@ -33,7 +33,7 @@ def test_an_interval_can_be_had_again(rows: list[Row], seed: int) -> None:
 def test_the_order_of_rows_changes_nothing(rows: list[Row], order: object) -> None:
     known = reference()
     flat = [one for each in rows for one in each.points]
-    assume(len({validation(known, one) for one in flat}) == len(flat))
+    assume(len({tuple(np.round(validation(known, one), 6)) for one in flat}) == len(flat))
     other = list(rows)
     order.shuffle(other)  # type: ignore[attr-defined]
     one, two = look(rows, known), look(other, known)
@@ -90,7 +90,8 @@ def test_thieves_choose_in_the_bootstrap_as_outside_of_it(
 ) -> None:
     """Of examples that are all drawn once, the same is recovered."""
     known = reference(alone)
-    assume(len({round(validation(known, one)[0], 6) for one, _ in points}) == len(points))
+    # But for ties, with each other and with nothing at all, which rounding decides.
+    assume(len({0.0, *(round(validation(known, one)[0], 6) for one, _ in points)}) == len(points) + 1)
     full = point(1.3, 1.3, (1.0, 1.0))
     rows = [replace(row("ties", side), points=(one,)) for one, side in [*points, (full, "plain")]]
     with pytest.MonkeyPatch.context() as patch:

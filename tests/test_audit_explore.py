@@ -264,7 +264,9 @@ class UnpicklableError(Exception):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("dose"), TypeError("no\nnumber"), UnpicklableError("odd")], ids=lambda e: type(e).__name__
+    "error",
+    [KeyError("dose"), TypeError("no\nnumber"), UnpicklableError("odd")],
+    ids=lambda e: type(e).__name__,
 )
 def test_a_bug_costs_its_row_alone(error: Exception, bench: Bench, reference: Reference) -> None:
     """Also in a worker, which sends the row home."""
