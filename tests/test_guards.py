@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 import toy
 import unmergeable as um
 from unmergeable.errors import InputError
+from unmergeable.methods import context as methods_context
+from unmergeable.spec import Spec
+from unmergeable.specs import shipped
 from unmergeable.stock import load_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -181,3 +184,99 @@ def test_numbers_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
     path = saved(transformers.GraniteSWAForCausalLM(config), tmp_path / "model")
     um.lock(path, tmp_path / "locked", key=toy.key())
     assert apart(path, tmp_path / "locked", TOKENS) < 1e-6  # angles are in float32 there
+
+
+def test_two_sites_in_one_place_have_choices_of_their_own(tmp_path: Path) -> None:
+    """Where a part of a head is rotated: what cannot be scaled in one part is no matter of the other."""
+    config = transformers.PhiConfig(**TINY, num_hidden_layers=2, partial_rotary_factor=0.5)
+    path = saved(transformers.PhiForCausalLM(config).half(), tmp_path / "model")
+    report = um.lock(path, tmp_path / "locked", key=toy.key(), scales=True)
+    names = [site.site for site in report.sites]
+    assert len(names) == len(set(names))
+    assert {"model.layers.{l}.self_attn.qk", "model.layers.{l}.self_attn.qk.n"} <= set(names)
+    assert apart(path, tmp_path / "locked", TOKENS) < 1e-6
+    um.unlock(tmp_path / "locked", tmp_path / "again", key=toy.key())
+    assert (path / "model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+
+
+def test_sites_of_one_name_are_refused(tmp_path: Path) -> None:
+    """They would draw from one stream, and the choices of one would be recorded in the place of the other's."""
+    data = toy.spec_dict()
+    data["sites"][1]["name"] = data["sites"][0]["name"]
+    path = toy.write(tmp_path / "model", toy.tensors())
+    refused(path, "two sites of the spec have one name", spec=Spec.from_dict(data))
+
+
+def test_no_shipped_spec_has_two_sites_of_one_name() -> None:
+    for spec in shipped(""):
+        names = [site.name for site in spec.sites]
+        assert len(names) == len(set(names)), spec.architecture
+
+
+def test_a_lock_with_sites_of_one_name_is_undone_as_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = toy.spec_dict()
+    data["sites"][1]["name"] = data["sites"][0]["name"]
+    path = toy.write(tmp_path / "model", toy.tensors())
+    with monkeypatch.context() as patched:
+        patched.setattr(methods_context, "_check_names", lambda match: None)
+        um.lock(path, tmp_path / "locked", key=toy.key(), spec=Spec.from_dict(data))
+    um.unlock(tmp_path / "locked", tmp_path / "again", key=toy.key())
+    assert toy.tree(path) == toy.tree(tmp_path / "again")
+
+
+def test_a_module_whose_class_is_proven_now_and_has_labels() -> None:
+    """Its config in memory has numbers for keys, which config.json has not."""
+    config = transformers.GPTJConfig(
+        vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64, rotary_dim=6, id2label={0: "a", 1: "b"}
+    )
+    um.lock_module(transformers.GPTJForSequenceClassification(config), key=toy.key())
+
+
+def test_outputs_that_are_chosen_by_layer_do_not_stop_a_proof(tmp_path: Path) -> None:
+    """Every config.json of such a class names its last stage, which a miniature does not have."""
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=3, image_size=16, patch_size=4, mlp_ratio=2
+    )
+    path = saved(transformers.Dinov2WithRegistersModel(config), tmp_path / "model")
+    assert "stage3" in json.loads((path / "config.json").read_text())["out_features"]
+    um.lock(path, tmp_path / "locked", key=toy.key())
+
+
+def luke(folder: Path) -> Path:
+    config = transformers.LukeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,
+        entity_vocab_size=30, entity_emb_size=16, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return saved(transformers.LukeModel(config), folder)
+
+
+def test_what_stands_beside_weights_that_no_input_reaches(tmp_path: Path) -> None:
+    """Entities have queries of their own for the keys of words; a proof knows of words alone."""
+    path = luke(tmp_path / "model")
+    report = um.lock(path, tmp_path / "locked", key=toy.key())
+    assert any("no input of the proof reaches" in reason for *_, reason in report.refused)
+    spans = torch.tensor([[[1, 2, -1], [3, -1, -1], [5, 6, 7]]] * 2)
+    entities = {"entity_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]), "entity_position_ids": spans}
+    entities["entity_attention_mask"] = torch.ones(2, 3, dtype=torch.long)
+    found = []
+    for folder in (path, tmp_path / "locked"):
+        with torch.no_grad():
+            found.append(load_module(folder).double()(**TOKENS, **entities).last_hidden_state)
+    assert torch.allclose(*found, rtol=0, atol=1e-9)
+
+
+def test_global_attention_has_weights_that_no_input_reaches(tmp_path: Path) -> None:
+    config = transformers.LEDConfig(
+        vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, attention_window=8,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40, max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64, pad_token_id=0, decoder_start_token_id=2,
+    )  # fmt: skip
+    path = saved(transformers.LEDForConditionalGeneration(config), tmp_path / "model")
+    report = um.lock(path, tmp_path / "locked", key=toy.key())
+    assert any(site.kind == "vo" for site in report.sites)  # of the decoder
+    first = torch.zeros_like(TOKENS["input_ids"])
+    first[:, 0] = 1
+    inputs = {**TOKENS, "decoder_input_ids": torch.tensor([[2, 5, 7]] * 2), "global_attention_mask": first}
+    assert apart(path, tmp_path / "locked", inputs) < 1e-9

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from unmergeable.errors import InputError
+from unmergeable.errors import Contradiction
 from unmergeable.fields import DERIVED, INERT, INERT_ROTARY, LAYER_INDICES, PER_LAYER, ROTARY_KINDS, SIZES
 
 Config = dict[str, Any]
@@ -75,7 +75,7 @@ def canonical_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         defaults: from `class_defaults`; an empty mapping leaves the file as it is but for its own spelling.
 
     Raises:
-        InputError: two spellings of one size that disagree.
+        Contradiction: two spellings of one size that disagree.
     """
     known = defaults.get(CLASS, {})
     given = {name: copy.deepcopy(value) for name, value in config.items() if name != CLASS}
@@ -180,7 +180,7 @@ def _rename(fields: Config, old: str, new: str) -> None:
     elif fields[old] is None:
         del fields[old]
     elif old in SIZES or new in SIZES:
-        raise InputError(
+        raise Contradiction(
             "two spellings of one field disagree",
             where="config.json",
             expected=f"{old} = {new}",

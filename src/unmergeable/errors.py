@@ -63,6 +63,10 @@ class InputError(UnmergeableError):
     exit_code = 3
 
 
+class Contradiction(InputError):  # noqa: N818
+    """A checkpoint that contradicts its own configuration: damaged, not merely unknown."""
+
+
 class ClaimError(UnmergeableError):
     """Something that was claimed does not hold: a lock is not exact, a threshold is missed. Exit code 1."""
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
+from .errors import Contradiction, InputError
 from .fields import SIZES
 from .spec import Site, Slot, Spec, evaluate_size, fill, name_regex
+from .whole import lacking, misshapen, spellings
 
 Shapes = Mapping[str, tuple[int, ...]]
 Instance = tuple[int, ...]  # values of a site's name dims, in order
@@ -85,8 +86,9 @@ def match_spec(
         whole: whether the spec must know every tensor.
 
     Raises:
-        InputError: a tensor of a site is missing, a shape contradicts the config, or a tensor is left that the
-            spec does not know. All misses are named at once.
+        Contradiction: a shape contradicts the config, or tensors are missing that no other name could stand for.
+        InputError: a tensor is left that the spec does not know, or all names are others.
+            All misses are named at once.
     """
     prefix = _prefix(spec, shapes)
     own = {name_regex(pattern) for pattern in spec.untouched if not pattern.startswith(spec.prefix)}
@@ -94,17 +96,24 @@ def match_spec(
         name if any(regex.fullmatch(name) for regex in own) else _exchange(name, prefix[::-1]): shape
         for name, shape in shapes.items()
     }
+    wrong: list[str] = []
     problems: list[str] = []
+    unknown: list[str] = []
     parts: dict[str, list[Part]] = {}
     sites = tuple(
-        _match_site(number, site, known, config, parts, problems) for number, site in enumerate(spec.sites)
+        _match_site(number, site, known, config, parts, wrong, problems)
+        for number, site in enumerate(spec.sites)
     )
     if whole:
-        problems += _leftovers(spec, known, parts)
+        unknown = _leftovers(spec, known, parts)
         problems += _gaps(spec, known, config)
-    if problems:
+        wrong += misshapen(spec, known, parts, config)
+        problems += lacking(spec, known, parts, config, bare=bool(prefix[0]))
+    if problems := wrong + problems + unknown:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise InputError(
+        # what is missing under one name may be there under another: then the layout is unknown, not the model broken
+        kind = Contradiction if wrong or not unknown else InputError
+        raise kind(
             "the checkpoint is not what its config says:\n  " + "\n  ".join(shown),
             where=where,
             hint=f"the spec is for {spec.architecture} ({spec.layout} names); "
@@ -121,6 +130,7 @@ def _match_site(
     shapes: Shapes,
     config: Mapping[str, Any],
     parts: dict[str, list[Part]],
+    wrong: list[str],
     problems: list[str],
 ) -> MatchedSite:
     sizes = {dim: evaluate_size(text, config, site.name) for dim, text in site.sizes.items()}
@@ -139,9 +149,7 @@ def _match_site(
                 total = index.view(sizes).total
                 got = shape[axis] if axis < len(shape) else None
                 if got != total:
-                    problems.append(
-                        f"{name}: axis {axis} is '{index.text}' = {total} by the config, got {got}"
-                    )
+                    wrong.append(f"{name}: axis {axis} is '{index.text}' = {total} by the config, got {got}")
     if not found:
         problems.append(f"no tensor of the site {site.name}, as {site.slots[0].tensor}")
         return MatchedSite(site, sizes, ())
@@ -195,7 +203,7 @@ def _leftovers(spec: Spec, shapes: Shapes, parts: Mapping[str, object]) -> list[
     left = [
         name
         for name in _counted(spec, shapes)
-        if name not in parts and not any(regex.fullmatch(_modern(name)) for regex in known)
+        if name not in parts and not any(regex.fullmatch(one) for one in spellings(name) for regex in known)
     ]
     return [f"unexpected {name} of shape {list(shapes[name])}" for name in left]
 
@@ -241,11 +249,6 @@ def _numbers(config: Any) -> set[int]:
     if isinstance(config, list | tuple):
         return {len(config)}.union(*map(_numbers, config))
     return {config} if isinstance(config, int) and not isinstance(config, bool) else set()
-
-
-def _modern(name: str) -> str:
-    """The present name of a norm's parameters, which old checkpoints call gamma and beta."""
-    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
 
 
 def _prefix(spec: Spec, shapes: Shapes) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -155,7 +156,9 @@ def _match(
         own = getattr(model, "config", None)
         if own is None or not hasattr(own, "to_dict"):
             raise InputError("the module has no config", where=where, hint="pass config=")
-        fields = dict(own.to_dict())
+        fields = json.loads(
+            json.dumps(own.to_dict(), default=str)
+        )  # as config.json has it: its keys are text
     fields["architectures"] = fields.get("architectures") or [where]
     if spec is None and (
         type(model).__module__.split(".")[0] != "transformers" or where not in fields["architectures"]

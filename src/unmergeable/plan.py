@@ -27,7 +27,7 @@ from .checkpoint import (
 )
 from .checkpoint.files import load_json
 from .engine import Job, Source
-from .errors import ClaimError, InputError, UsageError
+from .errors import ClaimError, Contradiction, InputError, UsageError
 from .groups import Stream
 from .match import Match, match_spec
 from .methods import Context, Drawn, method
@@ -165,7 +165,7 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
     """Lay the spec that belongs to a checkpoint over its tensors.
 
     Raises:
-        UnknownArchitecture: no spec, and none can be proven. InputError: the tensors contradict the config.
+        UnknownArchitecture: no spec, and none can be proven. Contradiction: the tensors contradict the config.
     """
     shapes = {name: info.shape for name, info in source.tensors.items()}
     config = source.config
@@ -175,10 +175,12 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
     if isinstance(spec, Spec):
         return match_spec(spec, shapes, {**spec.defaults, **config}, str(source.root))
     from .specs import find_spec
-    from .specs.guards import spare_named_heads
+    from .specs.guards import note_unread, spare_named_heads
 
     try:
         found, canonical = find_spec(config, shapes, spec_file=spec, where=str(source.root))
+    except Contradiction:
+        raise
     except InputError as error:
         raise UnknownArchitecture(
             error.what,
@@ -189,7 +191,8 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
         ) from None
     beside = source.root / GENERATION
     generation = load_json(beside) if not source.single_file and beside.is_file() else {}
-    return match_spec(spare_named_heads(found, config, generation), shapes, canonical, str(source.root))
+    spared = note_unread(spare_named_heads(found, config, generation), shapes)
+    return match_spec(spared, shapes, canonical, str(source.root))
 
 
 class UnknownArchitecture(InputError):  # noqa: N818
@@ -197,7 +200,7 @@ class UnknownArchitecture(InputError):  # noqa: N818
 
 
 def match_all(opened: Opened, spec: SpecLike | None) -> None:
-    """Find every member's spec; of a pipeline, members without one are passed through.
+    """Find every member's spec; of a pipeline, members without one are passed through, damaged ones are not.
 
     Raises:
         InputError: a plain checkpoint without a spec, or a pipeline with nothing to lock; as `find_match`.

@@ -45,6 +45,7 @@ def concrete_spec(match: Match) -> Spec:
         site["sizes"] = {dim: str(size) for dim, size in matched.sizes.items()}
         site["evidence"] = {}
     data["configs"], data["defaults"] = [], {}
+    data["untouched"] = list(match.spec.untouched)  # what is known of the rest only checks a source
     return Spec.from_dict(data)
 
 

@@ -105,6 +105,36 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """What the prover knows of tensors that no site acts on: where they have to be, and how wide they are.
+
+    beside: the beginning of a name, with the dims that it has in common with the tensor's; wherever a tensor has a
+    name of that beginning, this one is needed ("" for always). None where stock loaders do without.
+    tied: the pattern of the tensor that takes its place, and the other way round, in models that tie the two.
+    always: whether the class ties them whatever the config says.
+    sizes: by axis the fields that may give its size, `vocab_size | num_labels`.
+    """
+
+    beside: str | None = None
+    tied: str = ""
+    always: bool = False
+    sizes: Mapping[int, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        said: dict[str, Any] = {} if self.beside is None else {"beside": self.beside}
+        if self.tied:
+            said |= {"tied": self.tied, "always": self.always}
+        if self.sizes:
+            said["sizes"] = {str(axis): text for axis, text in self.sizes.items()}
+        return said
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rest:
+        sizes = {int(axis): str(text) for axis, text in data.get("sizes", {}).items()}
+        return cls(data.get("beside"), data.get("tied", ""), bool(data.get("always")), sizes)
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A place that was looked at and is left alone, and why."""
 
@@ -118,7 +148,8 @@ class Spec:
 
     `configs` holds the fields that decide the structure, with the values they must have, in every spelling
     that was proven; `defaults` what config.json may leave out. `untouched` are the name patterns of all further tensors
-    that the function reads, `ignored` regular expressions of leftovers that stock loaders drop.
+    that the function reads, `rest` what is known of them, `ignored` regular expressions of leftovers that stock loaders
+    drop.
     """
 
     architecture: str
@@ -130,14 +161,16 @@ class Spec:
     refused: tuple[Refusal, ...] = ()
     untouched: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    rest: Mapping[str, Rest] = field(default_factory=dict)
     prefix: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the spec says about tensors; evidence and versions left out."""
+        """SHA-256 of what the spec does to tensors; evidence, versions and what only checks a source left out."""
         said = self.as_dict()
         del said["evidence"]
+        said["untouched"] = list(self.untouched)
         for site in said["sites"]:
             del site["evidence"]
         return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -172,7 +205,10 @@ class Spec:
                 for site in self.sites
             ],
             "refused": [{"site": refusal.site, "reason": refusal.reason} for refusal in self.refused],
-            "untouched": list(self.untouched),
+            "untouched": [
+                {"tensor": name, **self.rest[name].as_dict()} if name in self.rest else name
+                for name in self.untouched
+            ],
             "ignored": list(self.ignored),
             "evidence": dict(self.evidence),
         }
@@ -224,7 +260,14 @@ class Spec:
                 prefix=data.get("prefix", ""),
                 sites=sites,
                 refused=tuple(Refusal(item["site"], item["reason"]) for item in data["refused"]),
-                untouched=tuple(data["untouched"]),
+                untouched=tuple(
+                    item if isinstance(item, str) else item["tensor"] for item in data["untouched"]
+                ),
+                rest={
+                    item["tensor"]: Rest.from_dict(item)
+                    for item in data["untouched"]
+                    if not isinstance(item, str)
+                },
                 ignored=tuple(data["ignored"]),
                 evidence=data.get("evidence", {}),
             )

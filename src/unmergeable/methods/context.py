@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ClaimError
+from ..errors import ClaimError, InputError
 from ..groups import Element, Monomial, Stream
 from ..match import Instance, Match, MatchedSite
 
@@ -80,8 +80,11 @@ def draw_sites(context: Context, method: str, draw: Draw) -> dict[tuple[int, Ins
     A draw that moves random weights by less than half of their norm is drawn again from the next stream.
 
     Raises:
+        InputError: two places of one name, in a new lock. Locks that have them are undone as they were made.
         ClaimError: no draw of 64 moves the site's weights far enough.
     """
+    if context.recorded is None:
+        _check_names(context.match)
     elements: dict[tuple[int, Instance], Element] = {}
     for number, matched in enumerate(context.match.sites):
         batch = prod(matched.batch)
@@ -104,6 +107,21 @@ def draw_sites(context: Context, method: str, draw: Draw) -> dict[tuple[int, Ins
                     got=f"none in {ATTEMPTS} draws of '{matched.site.group}' on {matched.acted}",
                 )
     return elements
+
+
+def _check_names(match: Match) -> None:
+    """Streams and recorded choices go by the names of places: two of one name would share both."""
+    seen: set[str] = set()
+    for matched in match.sites:
+        for label in map(matched.label, matched.instances):
+            if label in seen:
+                raise InputError(
+                    "two sites of the spec have one name",
+                    where=label,
+                    expected="a name for each",
+                    hint="where a release before 0.2 has locked it, unlock it and lock it again",
+                )
+            seen.add(label)
 
 
 def moved(element: Element) -> float:

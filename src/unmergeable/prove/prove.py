@@ -13,12 +13,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError, RunError
 from ..spec import Refusal, Site, Spec
 
-VERSION = 2  # of the prover: a cached spec of another version is proven again
+VERSION = 3  # of the prover: a cached spec of another version is proven again
 
 
 def prove_specs(
@@ -61,28 +62,34 @@ def _prove(config: dict[str, Any], architecture: str | None) -> list[dict[str, A
 
 def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str) -> Spec:
     from .inventory import take_stock
+    from .needed import find_rest
     from .oracle import Oracle
     from .search import search
     from .sizes import Sizes
     from .trial import TOLERANCE, Judge
+    from .unreached import drop_beside_unreached
 
     oracles = [Oracle(member, layout) for member in family]
     judge = Judge(oracles, [member.given for member in family])
     sizes = Sizes(judge.configs)
     stock = take_stock([{name: array.shape for name, array in oracle.tensors.items()} for oracle in oracles])
     found = search(judge, stock, sizes)
-    if not found.sites:
+    reached, beside = drop_beside_unreached(oracles, found.sites)
+    sites, refused = _named_apart(reached), (*found.refused, *beside)
+    if not sites:
         raise InputError(
             "no symmetry of this class could be proven",
             where=type(family[0].model).__name__,
-            hint="; ".join(f"{r.site}: {r.reason}" for r in found.refused) or None,
+            hint="; ".join(f"{r.site}: {r.reason}" for r in refused) or None,
         )
-    worst = _joint(judge, found.sites)
+    worst = _joint(judge, sites)
     if not worst <= TOLERANCE:
         raise RunError("sites that hold one by one do not hold together", got=f"{worst:.1e}")
     model = family[0].model
     folded = _patterns(family[0], oracles[0])
-    in_sites = {slot.tensor for site in found.sites for slot in site.slots}
+    in_sites = {slot.tensor for site in sites for slot in site.slots}
+    untouched = tuple(name for name in folded if name not in in_sites)
+    ignored = tuple(_ignored(model))
     prefix = _bare_prefix(family, oracles, layout)
     return Spec(
         architecture=type(model).__name__,
@@ -90,13 +97,28 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
         layout=layout,
         configs=_spellings(model, config, family[0].defaults),
         defaults=family[0].defaults,
-        sites=found.sites,
-        refused=tuple(_unique(found.refused)),
-        untouched=tuple(name for name in folded if name not in in_sites),
-        ignored=tuple(_ignored(model)),
+        sites=sites,
+        refused=tuple(_unique(refused)),
+        untouched=untouched,
+        rest=find_rest(family, layout, untouched, sorted(in_sites), ignored),
+        ignored=ignored,
         prefix=prefix,
         evidence=_evidence(model, family, oracles, worst),
     )
+
+
+def _named_apart(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites with a name for each: of two in one place the second has the dim that it acts on behind it.
+
+    Secrets and recorded choices go by these names.
+    """
+    out: list[Site] = []
+    for site in sites:
+        taken = {other.name for other in out}
+        names = [site.name, f"{site.name}.{site.acts}"]
+        names += [f"{site.name}.{site.acts}{number}" for number in range(2, len(sites) + 2)]
+        out.append(replace(site, name=next(name for name in names if name not in taken)))
+    return tuple(out)
 
 
 def _spellings(

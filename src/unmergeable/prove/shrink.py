@@ -24,6 +24,8 @@ SPECIAL_TOKENS = 12
 LABELS = 2
 
 _MAX_LAYERS = 16
+# They choose among outputs by the names or numbers of layers, of which a miniature has fewer.
+_STAGES = ("out_features", "out_indices", "stage_names")
 # Fields that cut activations off at a number, and what they get.
 _CLAMP, _CLAMPED = re.compile(r"clip|clamp|(^|_)limit$"), 0.5
 _HEAD_DIMS = ((8, 16), (12, 10), (10, 14), (14, 12), (16, 8))
@@ -108,9 +110,10 @@ def _node(node: Config, state: _State) -> Config:
         elif isinstance(value, dict) and name != "rope_parameters" and _has_sizes(value):
             node[name] = _node(value, state)
     _clamp(node)
-    if node.keys() & {"id2label", "label2id", "num_labels"}:
-        for name in ("id2label", "label2id", "problem_type"):
-            node.pop(name, None)
+    labelled = node.keys() & {"id2label", "label2id", "num_labels"}
+    for name in (*_STAGES, *(("id2label", "label2id", "problem_type") if labelled else ())):
+        node.pop(name, None)
+    if labelled:
         node["num_labels"] = LABELS
     return node
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import canonical_config, structure
-from ..errors import InputError
+from ..errors import Contradiction, InputError
 from ..match import Shapes, match_spec
 from ..spec import Spec
 from .guards import check_agrees, check_own_code
@@ -45,8 +45,8 @@ def find_spec(
         prove: whether to prove a spec where none is known; this needs transformers.
 
     Raises:
-        InputError: no config, no class, nothing proven for it, the tensors are not what the config says, or the config
-            says two things of the model.
+        Contradiction: the tensors are not what the config says, or the config says two things of the model.
+        InputError: no config, no class, nothing proven for it, or not for these names of tensors.
     """
     config = _checked(config, where)
     if spec_file is not None:
@@ -58,7 +58,9 @@ def find_spec(
             return found
     if prove and (found := _fitting(_prove(config, where, misfits), config, shapes, where, misfits)):
         return found
-    raise misfits[0] if misfits else _unknown(config, where)
+    if misfits:
+        raise next((error for error in misfits if isinstance(error, Contradiction)), misfits[0])
+    raise _unknown(config, where)
 
 
 def architecture(config: Mapping[str, Any]) -> str:

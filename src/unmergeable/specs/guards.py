@@ -7,12 +7,13 @@ decides what is computed when the checkpoint is loaded has to agree with that.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..errors import InputError
-from ..spec import Refusal, Spec
+from ..errors import Contradiction, InputError
+from ..spec import Refusal, Spec, name_regex
+from ..whole import spellings
 
 # Two towers' numbers of heads in one configuration: miniatures have both equal where they are equal, so that a proof
 # cannot tell which of them a site of the decoder means.
@@ -45,11 +46,12 @@ def check_agrees(spec: Spec, config: Mapping[str, Any], canonical: Mapping[str, 
     """Refuse what the configuration says of the model and the spec was not proven of.
 
     Raises:
-        InputError: another type of model than the class is of, or two towers with different numbers of heads.
+        Contradiction: another type of model than the class is of.
+        InputError: two towers with different numbers of heads.
     """
     kind = config.get("model_type")
     if kind is not None and spec.model_type and kind != spec.model_type:
-        raise InputError(
+        raise Contradiction(
             "model_type and architectures name different models; loaders go by the first",
             where=where,
             expected=f"model_type {spec.model_type!r}, of {spec.architecture}",
@@ -84,3 +86,39 @@ def spare_named_heads(spec: Spec, *configs: Mapping[str, Any]) -> Spec:
         sites=tuple(site for site in spec.sites if site.name not in spared),
         refused=(*spec.refused, *(Refusal(name, reason) for name in sorted(spared))),
     )
+
+
+def note_unread(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> Spec:
+    """The spec with a remark on weights that its class does not read: half a model, say, under the name of the other.
+
+    Nothing is known of them, so they stay as they were; but their owner may think that they are locked.
+    """
+    patterns = [*spec.untouched, *(slot.tensor for site in spec.sites for slot in site.slots)]
+    regexes = [name_regex(pattern.removeprefix(cut)) for pattern in patterns for cut in {"", spec.prefix}]
+    dropped = [re.compile(text) for text in spec.ignored]
+    unread = {
+        name
+        for name in shapes
+        if any(regex.search(name) for regex in dropped)
+        and not any(regex.fullmatch(one) for one in spellings(name) for regex in regexes)
+    }
+    taken = {start for name in shapes if name not in unread for start in _starts(name)}
+    groups: dict[str, list[str]] = {}
+    for name in sorted(unread):
+        own = next((start for start in _starts(name) if start not in taken), name)
+        groups.setdefault(own, []).append(name)
+    reason = "loaders of {} drop what is here, so it is not locked: {}"
+    found = [
+        Refusal(
+            start, reason.format(spec.architecture, f"{len(names)} tensors" if names[1:] else "one tensor")
+        )
+        for start, names in groups.items()
+        if any(name.endswith("weight") for name in names)  # masks and positions of old files are none
+    ]
+    return replace(spec, refused=(*spec.refused, *found)) if found else spec
+
+
+def _starts(name: str) -> Iterator[str]:
+    """The beginnings of a name in whole parts, the shortest first."""
+    parts = name.split(".")
+    return (".".join(parts[: k + 1]) for k in range(len(parts)))
