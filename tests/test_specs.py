@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,12 @@ def test_a_shipped_spec_is_found() -> None:
     spec = find(LLAMA)
     assert spec.architecture == "LlamaForCausalLM"
     assert {site.kind for site in spec.sites} == {"qk", "vo", "mlp", "heads"}
+
+
+def test_the_readme_names_every_shipped_family() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    said = text.partition("Proven beforehand")[2].partition("Any other class")[0]
+    assert re.findall(r"`(\S+)`", said) == sorted({spec.model_type for spec in specs.shipped("")})
 
 
 def test_lookup_imports_neither_torch_nor_transformers() -> None:
