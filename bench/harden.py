@@ -27,6 +27,7 @@ import torch
 import frontier_ideas
 import unmergeable as um
 from harden_cases import (
+    ANSWERS,
     ATTACKS,
     BARS,
     CONTROL,
@@ -115,7 +116,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
         return job.name
 
     def bars(case: Case) -> list[Variant]:
-        named = args.ways or WAYS.get(case.family, ("trap",))
+        named = args.ways or WAYS.get(case.family, ("mined",))
         return [one for one in BARS if "bars" in args.groups and one.name in named]
 
     def train(rank: float, case: Case, variant: Variant, seed: int) -> str:
@@ -126,7 +127,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
                 plan(0, Job(f"adapter-{task}", learnt, {"case": Case("lora", task, "", ()), "given": reduced, **place}))
                 for task in tasks
             )  # fmt: skip
-        ways = bars(case) if args.strength is None else []
+        ways = [one for one in bars(case) if one.options != ANSWERS] if args.strength is None else []
         if variant == CONTROL and ways:
             variant = ways[0]
         own = {"case": case, "variant": variant, "seed": seed, "given": given, **place}

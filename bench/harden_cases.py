@@ -75,15 +75,19 @@ class Variant:
 
 # As it was before thieves chose among blocks (`mined`, as `harden` has it), and merges saw half a batch each for it.
 SIMPLE = Trap(part=1.0, among=1)
+# Kept to the fine-tune's own answers, where the others, and the control, are trained on labels.
+ANSWERS = {"labels": 0.0}
 CONTROL, TRAP = Variant("control", "plain"), Variant("trap", SIMPLE)
 BARS = (
     TRAP,
     Variant("trap+collapse", Together((SIMPLE, Collapse()))),
     Variant("mined"),
     Variant("mined+collapse", "trap+collapse"),
+    Variant("kept", options=ANSWERS),
+    Variant("kept+collapse", "trap+collapse", ANSWERS),
 )
 # Of the bars, unless --ways says others: what did best on one seed of the measuring zoo.
-WAYS = {"embedded": ("mined", "mined+collapse"), "images": ("mined+collapse",)}
+WAYS = {"embedded": ("mined+collapse", "kept+collapse"), "images": ("mined+collapse",)}
 DIRECTIONS = (
     Variant("no-proxy-random", proxies=False),
     Variant("no-proxy-spectrum", options={"made": ["spectrum"]}, proxies=False),

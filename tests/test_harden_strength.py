@@ -185,7 +185,7 @@ def test_what_merges_may_keep_decides(models: Path, tmp_path: Path) -> None:
     found = []
     for may in (0.9, 0.05):
         simple = Trap(part=1.0, among=1)  # what a thief who chooses would do to merges drowns the difference
-        changes = {"steps": 150, "batch": 64, "rate": 2e-3, "may": may, "objective": simple}
+        changes = {"steps": 150, "batch": 64, "rate": 2e-3, "may": may, "objective": simple, "labels": 1.0}
         report = harden(models, tmp_path / f"may-{may}", **changes)
         found.append((report.strength / report.trials[0]["strength"], report.exposure["after"]["mean"]))
     assert found[0][0] < 1 < found[1][0]
@@ -203,17 +203,16 @@ def test_looking_changes_nothing_but_the_strength(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("save", [7, 10])  # between looks, and at one
+@pytest.mark.parametrize(("save", "labels"), [(7, 0.0), (7, 0.5), (10, 1.0)])  # between looks, and at one
 def test_a_followed_strength_goes_on_after_a_kill(
-    save: int, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save: int, labels: float, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_module, "SAVE", save)
-    whole = harden(models, tmp_path / "whole", steps=20)
-
-    hardened.killed(
-        partial(harden, models, tmp_path / "cut", steps=20), at=20 + 17
-    )  # after the plain training
-    again = harden(models, tmp_path / "cut", steps=20)
+    changes: dict[str, Any] = {"steps": 20, "labels": labels}
+    whole = harden(models, tmp_path / "whole", **changes)
+    first = 20 if labels else 0  # of plain training
+    hardened.killed(partial(harden, models, tmp_path / "cut", **changes), at=first + 17)
+    again = harden(models, tmp_path / "cut", **changes)
     assert again.strength == whole.strength
     one, two = (load_state(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -224,7 +223,7 @@ def test_what_plain_training_does_is_not_the_objectives_price(
 ) -> None:
     """It is trained and measured first; the strength falls for what is worse than that, not for that."""
     monkeypatch.setattr(search_module, "LEAST", -1e9)
-    harsh = {"steps": 40, "rate": 0.3}
+    harsh = {"steps": 40, "rate": 0.3, "labels": 1.0}
     report = harden(models, tmp_path / "out", may=0.01, strength=1e-6, **harsh)
     control = harden(models, tmp_path / "plain", objective="plain", **harsh)
     assert report.standalone["plain"] == control.standalone["after"] < 0.9 * report.standalone["before"]
@@ -235,7 +234,8 @@ def test_what_plain_training_does_is_not_the_objectives_price(
 def test_the_control_is_the_plain_training(models: Path, tmp_path: Path) -> None:
     plain = harden(models, tmp_path / "plain", objective="plain")
     for name, options in (("followed", {}), ("fixed", {"strength": 0.1})):
-        report = harden(models, tmp_path / name, control=tmp_path / f"{name}-control", **options)
+        beside = tmp_path / f"{name}-control"
+        report = harden(models, tmp_path / name, control=beside, labels=1.0, **options)
         assert report.standalone["plain"] == plain.standalone["after"]
         one, two = load_state(tmp_path / "plain"), load_state(tmp_path / f"{name}-control")
         assert all(torch.equal(one[tensor], two[tensor]) for tensor in one)
@@ -244,9 +244,9 @@ def test_the_control_is_the_plain_training(models: Path, tmp_path: Path) -> None
 
 def test_a_control_that_is_in_the_way_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be the same folder"):
-        harden(models, tmp_path / "out", control=tmp_path / "out")
+        harden(models, tmp_path / "out", control=tmp_path / "out", labels=1.0)
     with pytest.raises(InputError, match="the destination exists"):
-        harden(models, tmp_path / "out", control=models / "base")
+        harden(models, tmp_path / "out", control=models / "base", labels=0.5)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,6 +257,11 @@ def test_a_control_that_is_in_the_way_is_refused(models: Path, tmp_path: Path) -
         ({"may": 1.0}, "no part of a task"),
         ({"may": 0.1, "objective": "plain"}, "no strength to follow"),
         ({"may": 0.1, "max_loss": 1.0}, "nothing to search"),
+        ({"labels": -0.1}, "no part of a loss"),
+        ({"labels": 1.1}, "no part of a loss"),
+        ({"labels": float("nan")}, "no part of a loss"),
+        ({"labels": 0.0, "objective": "plain"}, "^objective: .* leaves it as it is"),
+        ({"labels": 0.0, "control": "beside"}, "^control: .* leaves it as it is"),
         ({"made": ["sideways"]}, "no such direction"),
         ({"made": [], "proxies": []}, "nothing in the place"),
         ({"precision": "int3"}, "no such precision"),

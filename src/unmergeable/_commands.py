@@ -221,6 +221,7 @@ def _harden(args: argparse.Namespace) -> Outcome:
             strength=args.strength,
             max_loss=args.max_loss,
             may=args.may,
+            labels=args.labels,
             steps=args.steps,
             rate=args.rate,
             batch=args.batch,

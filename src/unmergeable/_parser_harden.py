@@ -61,6 +61,11 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
         "points of accuracy, or per cent of the cross-entropy; exit code 1 if there is none",
     )  # fmt: skip
     parser.add_argument(
+        "--labels", metavar="PART", type=float,
+        help="how much of the loss asks for the labels once more, 0 to 1; the rest for the fine-tune's own answers, "
+        "which is better where data is little (1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--steps",
         metavar="N",
         type=positive,

@@ -32,9 +32,10 @@ class HardenReport:
     Attributes:
         expert, base, dst, data: paths. proxies: further fine-tunes that stood in for a thief's.
         made: what directions were made up beside them.
-        objective, strength, may, steps, rate, batch, seed: of the training that was taken; strength is the last one.
-        standalone: the held-out score before and after, and after a `plain` training of as many steps where the
-            strength followed. loss: points of accuracy or per cent of cross-entropy.
+        objective, strength, may, labels, steps, rate, batch, seed: of the training that was taken; strength is the last
+            one.
+        standalone: the held-out score before and after, and after a `plain` training of as many steps where there was
+            one. loss: points of accuracy or per cent of cross-entropy.
         exposure: before and after, mean and largest value of the task in simulated merges of held-out examples.
         trials: all strengths that were tried, with the same figures.
         locked: the id of the key that it was locked with; None if it was not.
@@ -51,6 +52,7 @@ class HardenReport:
     objective: str
     strength: float
     may: float | None
+    labels: float
     steps: int
     rate: float
     batch: int
@@ -88,6 +90,7 @@ def harden(
     strength: float | None = None,
     max_loss: float | None = None,
     may: float | None = None,
+    labels: float | None = None,
     steps: int | None = None,
     rate: float | None = None,
     batch: int | None = None,
@@ -121,11 +124,14 @@ def harden(
             strengths are tried.
         may: what simulated merges may keep of the task on average, 0 to 1 (.1; .02 for language models): the strength
             rises until they keep no more. With `strength`, from there.
+        labels: the part of the loss that asks for the labels once more, 0 to 1 (1 if not given); the rest asks for the
+            fine-tune's own answers to the same examples, so that it stays what it is: better where data is little.
         steps, rate, batch: of AdamW; as the kind of task asks for if not given.
         seed: of everything random.
         lock: a key to lock the result with, by `exact`.
         control: a new folder for the fine-tune as plain training of as many steps on the same batches leaves it: what
-            an audit should take as the unprotected model. A strength that follows needs that training in any case.
+            an audit should take as the unprotected model. Only where labels have a part: else that is the fine-tune
+            itself. A strength that follows needs that training in any case.
         device: "auto", "cpu" or "cuda".
         precision: of passes: "fp32", "bf16" (weights stay float32), or "auto": bf16 on a GPU that has it.
         checkpointing: gradient checkpointing, as the model's class has it: less memory for more time.
@@ -142,6 +148,7 @@ def harden(
 
     return run_harden(
         expert, dst, base=base, data=data, task=task, fields=fields, proxies=proxies, made=made, objective=objective,
-        strength=strength, max_loss=max_loss, may=may, steps=steps, rate=rate, batch=batch, seed=seed, lock=lock,
-        control=control, device=device, precision=precision, checkpointing=checkpointing, progress=progress,
+        strength=strength, max_loss=max_loss, may=may, labels=labels, steps=steps, rate=rate, batch=batch,
+        seed=seed, lock=lock, control=control, device=device, precision=precision, checkpointing=checkpointing,
+        progress=progress,
     )  # fmt: skip

@@ -77,6 +77,14 @@ class Weights:
                 one.copy_(state[name])
 
     @contextmanager
+    def replaced(self, state: State) -> Iterator[None]:
+        """Inside, the module has other weights, by the names of `parameters`; for passes without gradients."""
+        with self._set_aside():
+            for name, one in self.parameters.items():
+                one.data = state[name].to(one)
+            yield
+
+    @contextmanager
     def merged(self, draw: Draw, direction: State) -> Iterator[None]:
         """Inside, the module has the weights of a merge; gradients that are found there are the fine-tune's after.
 

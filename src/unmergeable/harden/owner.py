@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 # A tenth of the data is held out to measure on; FEW of them or, of little data, three tenths.
 HELD, FEW, MOST, LEAST = 0.1, 300, 1000, 32
-# Copies of the weights in float32 that training needs: they, their gradients twice, AdamW's two, the base, a merge,
-# the task vector, a direction; the last good weights with AdamW's two, and the best. Of an adapter: the frozen weights,
-# the base, a merge, the task vector, a direction. And one more for every fine-tune of the owner's.
-COPIES, COPIES_ADAPTER = 13, 5
+# Copies of the weights in float32 that training needs: they, as they were, their gradients twice, AdamW's two, the
+# base, a merge, the task vector, a direction; the last good weights with AdamW's two, and the best. Of an adapter: the
+# frozen weights, the base, a merge, the task vector, a direction. And one more for every fine-tune of the owner's.
+COPIES, COPIES_ADAPTER = 14, 5
 KINDS = ("image-classification", "language-modelling", "text-classification", "sequence-to-sequence")
 
 

@@ -64,6 +64,7 @@ def run_harden(
     strength: float | None,
     max_loss: float | None,
     may: float | None,
+    labels: float | None,
     steps: int | None,
     rate: float | None,
     batch: int | None,
@@ -93,7 +94,11 @@ def run_harden(
     kind = _kind(Path(base) if adapter else source, task)
     chosen = named or objective_of(OBJECTIVE.get(kind, "trap"))
     settings = _settings(kind, strength, steps, rate, batch, seed)
-    settings = replace(settings, may=_may(may, kind, strength, max_loss, chosen))
+    settings = replace(
+        settings,
+        may=_may(may, kind, strength, max_loss, chosen),
+        labels=_labels(labels, chosen, control is not None),
+    )
     if made is not None:
         settings = replace(settings, made=_made(made, proxies))
     if max_loss is not None and not max_loss >= 0:
@@ -152,6 +157,7 @@ def run_harden(
         objective=chosen.name,
         strength=taken.figures["strength"],
         may=settings.may,
+        labels=settings.labels,
         steps=settings.steps,
         rate=settings.rate,
         batch=min(settings.batch, len(owner.training)),
@@ -222,9 +228,14 @@ def _notes(
     unit = "points of accuracy" if metric == "accuracy" else "% of the cross-entropy"
     if taken.loss > SAID:
         itself = "" if plain is None else f" (plain training alone: {lost(before, plain):.2f})"
+        answers = (
+            ", --labels 0 keeps to its own answers"
+            if plain is not None and lost(before, plain) > SAID
+            else ""
+        )
         yield (
             f"the result is worse at its task by {taken.loss:.2f} {unit} on held-out examples{itself}: more data costs "
-            "less, --max-loss bounds it"
+            f"less, --max-loss bounds it{answers}"
         )
     if taken.exposure.mean > (MAY if settings.may is None else settings.may):
         more = (
@@ -274,6 +285,20 @@ def _may(
         what = "a strength that follows what merges keep leaves nothing to search"
         raise UsageError(what, where="may", got=f"max_loss {max_loss:g}")
     return asked
+
+
+def _labels(asked: float | None, objective: Objective, control: bool) -> float:
+    """The part of the loss that asks for labels: all, if nothing else was asked for."""
+    plain, labels = objective.name == "plain", 1.0 if asked is None else asked
+    if not 0 <= labels <= 1:
+        raise UsageError("no part of a loss", where="labels", expected="0 to 1", got=labels)
+    if not labels and (plain or control):
+        raise UsageError(
+            "a training on the fine-tune's own answers alone leaves it as it is",
+            where="objective" if plain else "control",
+            hint="compare with the fine-tune itself, or give labels a part of the loss",
+        )
+    return labels
 
 
 def _made(made: Sequence[str], proxies: Sequence[object]) -> tuple[str, ...]:

@@ -79,13 +79,13 @@ def search(
 
     Measured are the weights as the checkpoint's dtypes hold them.
 
-    A strength that follows comes after a plain training of as many steps on the same batches, which says what further
-    training does by itself; `control` asks for it in any case.
+    Where labels are trained on, a strength that follows comes after a plain training of as many steps on the same
+    batches, which says what that does by itself; `control` asks for it in any case.
     """
     start = owner.weights.copy()
     ends = measure.ends() if settings.may is not None else None
     plain: Control | None = None
-    if ends is not None or control:
+    if (ends is not None and settings.labels) or control:
         place = None if folder is None else folder / "plain"
         told = None if progress is None else _told(progress, "plain training, to compare with")
         chosen = replace(settings, may=None)

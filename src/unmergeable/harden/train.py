@@ -1,4 +1,4 @@
-"""The training loop: AdamW on the fine-tune's own loss and an objective, from the finished fine-tune.
+"""The training loop: AdamW on what keeps a fine-tune what it is and on an objective, from the finished fine-tune.
 
 Training that was killed goes on from the last checkpoint in its folder; a loss that is not finite takes it back there
 with half the rate. Both are of weights that a whole pass was finite at.
@@ -18,6 +18,7 @@ import torch
 from ..errors import InputError, RunError
 from .directions import Directions
 from .draws import Draws
+from .fidelity import Fidelity
 from .merged import freeze_statistics, modes_kept
 from .objectives import Objective, Step
 from .strength import EVERY, Ends, Strength
@@ -41,12 +42,14 @@ class Settings:
     Attributes:
         strength: λ, the objective's factor, or the one to begin with. may: what simulated merges may keep of the
             task: the strength follows; None leaves it as it is.
+        labels: the part of the loss that asks for the labels, not for the fine-tune's own answers.
         steps, rate, batch: of AdamW; rate is the highest of a one-cycle.
         made: directions that are made up beside the owner's fine-tunes. seed: of everything random.
     """
 
     strength: float = 0.15
     may: float | None = None
+    labels: float = 1.0
     steps: int = 300
     rate: float = 2e-4
     batch: int = 64
@@ -102,7 +105,7 @@ def train(
             run.optimizer.zero_grad()
             batch = run.batch()
             with accelerator.autocast():
-                loss = owner.task.loss(owner.module, batch)
+                loss = run.fidelity.loss(batch)
             accelerator.backward(loss)
             with accelerator.autocast():
                 extra = objective.add(run.step(batch, accelerator.backward), run.strength.value)
@@ -133,6 +136,7 @@ class _Run:
     ) -> None:
         self.owner, self.settings, self.ends, self.plain = owner, settings, ends, plain
         self.worths: dict[int, float] = {}
+        self.fidelity = Fidelity(owner, settings.labels)
         self.strength = Strength(settings.strength, settings.may)
         self.done, self.falls, self.losses = 0, 0, list[tuple[float, float]]()
         parameters = list(owner.weights.parameters.values())
