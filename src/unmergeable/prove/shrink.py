@@ -28,6 +28,8 @@ _MAX_LAYERS = 16
 _STAGES = ("out_features", "out_indices", "stage_names")
 # Fields that cut activations off at a number, and what they get.
 _CLAMP, _CLAMPED = re.compile(r"clip|clamp|(^|_)limit$"), 0.5
+# Fields that say how many keys or blocks of keys are chosen, and what they get: a short text has more.
+_CHOSEN = {"index_topk": 8, "keep_window_size": 8, "index_block_size": 4, "index_topk_blocks": 3}
 _HEAD_DIMS = ((8, 16), (12, 10), (10, 14), (14, 12), (16, 8))
 _GROUPS = ((4, 3), (3, 5), (5, 4), (3, 2), (2, 3))
 _INNER = ((52, 44, 76, 68, 92, 58, 86, 106), (84, 116, 92, 62, 74, 110, 132, 148))
@@ -121,9 +123,8 @@ def _node(node: Config, state: _State) -> Config:
 def _clamp(node: Config) -> None:
     """Bounds so low that the small numbers of a miniature reach them: what they forbid must be seen."""
     for name, value in node.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if _CLAMP.search(name) and number and value > _CLAMPED:
-            node[name] = _CLAMPED
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            node[name] = min(value, _CHOSEN.get(name, _CLAMPED if _CLAMP.search(name) else value))
 
 
 def _has_sizes(value: Mapping[str, Any]) -> bool:

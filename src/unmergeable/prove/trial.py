@@ -24,6 +24,7 @@ from .oracle import Oracle
 TOLERANCE = 1e-9  # relative, in fp64; symmetries measure below 1e-13, everything else above GUARD
 GUARD = 1e-6
 CONDITION = 3.0
+STRETCH = 10  # binary digits: how far scales go that no bound on activations may notice
 
 
 class RandomStream:
@@ -81,11 +82,14 @@ class Judge:
     def passes(self, sites: Sequence[Site]) -> bool:
         """Whether a random draw leaves the function of every miniature alone, and half of it does not.
 
-        A scale that a norm absorbs passes without being balanced: nothing is hidden in it, so it fails here.
+        Scales are drawn a second time, so large that a bound on activations shows which small numbers never
+        reach. A scale that a norm absorbs passes without being balanced: nothing is hidden in it, so it fails here.
         """
-        for on in range(len(self.oracles)):
-            if not self.error(sites, on, limit=TOLERANCE) <= TOLERANCE:
-                return False
+        scaled = any(group(site.group).scales != "none" for site in sites)
+        for stretched in (False, True) if scaled else (False,):
+            for on in range(len(self.oracles)):
+                if not self.error(sites, on, limit=TOLERANCE, stretched=stretched) <= TOLERANCE:
+                    return False
         return all(self._unbalanced(site) for site in sites)
 
     def _unbalanced(self, site: Site) -> bool:
@@ -97,14 +101,15 @@ class Judge:
         return True
 
     def error(
-        self, sites: Sequence[Site], on: int, *, exact: bool = False, limit: float = float("inf")
+        self, sites: Sequence[Site], on: int, *, limit: float = float("inf"), stretched: bool = False
     ) -> float:
         """The output's relative change under one draw for all instances of all sites; inf where it fits not."""
         try:
             match = self.match(sites, on)
         except InputError:
             return float("inf")
-        return self.oracles[on].error(self.edit(match, self.draw(match, exact=exact), on), limit=limit)
+        elements = self.draw(match, stretched=stretched)
+        return self.oracles[on].error(self.edit(match, elements, on), limit=limit)
 
     def judge(self, site: Site) -> Verdict:
         """Prove a site on every miniature: all instances together, and a guard on every single one.
@@ -164,8 +169,10 @@ class Judge:
             site.check()
         return match_spec(spec, shapes, self.configs[on], whole=False)
 
-    def draw(self, match: Match, *, exact: bool = False) -> dict[tuple[int, Instance], Element]:
-        """A random element for every instance."""
+    def draw(
+        self, match: Match, *, exact: bool = False, stretched: bool = False
+    ) -> dict[tuple[int, Instance], Element]:
+        """A random element for every instance: of the whole group, or of its signed permutations."""
         elements: dict[tuple[int, Instance], Element] = {}
         for number, matched in enumerate(match.sites):
             which = group(matched.site.group)
@@ -177,6 +184,10 @@ class Judge:
                     if exact
                     else which.draw_dense(stream, batch, matched.acted, CONDITION)
                 )
+                if stretched:
+                    elements[number, instance] = _stretch(
+                        elements[number, instance], which.scales, RandomStream(self._seed)
+                    )
         return elements
 
     def edit(
@@ -190,6 +201,17 @@ class Judge:
             if plan.steps or plan.source != name:
                 changes[name] = apply_floats(tensors[plan.source], plan.steps)
         return changes
+
+
+def _stretch(element: Element, scales: str, stream: RandomStream) -> Element:
+    """The element times large powers of two, up or down: of every coordinate, of all, or none."""
+    if scales == "none":
+        return element
+    shape = (element.batch, element.n if scales == "each" else 1)
+    factors = np.ldexp(1.0, (STRETCH * stream.signs(shape)).astype(np.int32))
+    if isinstance(element, Dense):
+        return Dense(element.forward * factors[..., None], element.contragredient / factors[..., None])
+    return Monomial(element.perm, element.scale * factors)
 
 
 def only(element: Element, position: int) -> Element:
