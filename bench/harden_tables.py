@@ -300,8 +300,8 @@ BARS = """
 run a part of the suite (`ATTACKS` in `bench/harden_cases.py`): merges off the shelf, block substitution, wide merges,
 coupled alignment, and of level 2 row coefficients by entropy alone: with distillation among the attacks level 2 gets
 most of the task, see below. `trap` and `trap+collapse`: the objectives without a thief who chooses among blocks;
-`mined` and `mined+collapse`: with him, as `harden` has them; `kept` and `kept+collapse`: these with `--labels 0`, beside
-a control that is trained on labels all the same. The worst of several seeds:
+`mined` and `mined+collapse`: with him, as `harden` has them; `kept` and `kept+collapse`: these with `--labels 0`,
+beside a control that is trained on labels all the same. The worst of several seeds:
 """
 EACH = """
 One by one. A λ that is too weak for a task changes nothing, and there are such rows here: that is why the strength
