@@ -244,6 +244,22 @@ def test_outputs_that_are_chosen_by_layer_do_not_stop_a_proof(tmp_path: Path) ->
     um.lock(path, tmp_path / "locked", key=toy.key())
 
 
+def test_a_ratio_that_must_be_a_float_does_not_stop_a_proof(tmp_path: Path) -> None:
+    """SAM's encoder of images."""
+    config = transformers.SamVisionConfig(
+        hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
+        window_size=2, global_attn_indexes=[1], num_pos_feats=8, mlp_ratio=2.0,
+    )  # fmt: skip
+    path = saved(transformers.SamVisionModel(config), tmp_path / "model")
+    report = um.lock(path, tmp_path / "locked", key=toy.key())
+    assert {site.kind for site in report.sites} == {"vo", "mlp", "heads"}
+    images, found = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
+    for folder in (path, tmp_path / "locked"):
+        with torch.no_grad():
+            found.append(load_module(folder).double()(pixel_values=images).last_hidden_state)
+    assert torch.allclose(*found, rtol=0, atol=1e-9)
+
+
 def luke(folder: Path) -> Path:
     config = transformers.LukeConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,

@@ -281,7 +281,7 @@ def _size(role: str, name: str, value: Any, node: Config, real: Config, state: _
         case "count":
             return min(value, 2)
         case "ratio":
-            return (3, 2)[shape]
+            return type(value)((3, 2)[shape])  # some classes want a float
         case "mels":
             return (16, 20)[shape]
         case _:
