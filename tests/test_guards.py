@@ -283,6 +283,7 @@ def test_what_stands_beside_weights_that_no_input_reaches(tmp_path: Path) -> Non
     assert torch.allclose(*found, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_global_attention_has_weights_that_no_input_reaches(tmp_path: Path) -> None:
     config = transformers.LEDConfig(
         vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, attention_window=8,

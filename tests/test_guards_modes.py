@@ -66,6 +66,7 @@ def sparse(folder: Path) -> Path:
     return saved(transformers.MiniMaxM3VLForCausalLM(config), folder)
 
 
+@pytest.mark.slow
 def test_keys_that_are_chosen_for_groups_of_heads(tmp_path: Path) -> None:
     path = sparse(tmp_path / "model")
     report = um.lock(path, tmp_path / "locked", key=toy.key())
@@ -75,6 +76,7 @@ def test_keys_that_are_chosen_for_groups_of_heads(tmp_path: Path) -> None:
         assert apart(path, tmp_path / "locked", {"input_ids": text(length)}) < 1e-6, length
 
 
+@pytest.mark.slow
 def test_keys_that_are_chosen_for_all_heads_are_no_matter(tmp_path: Path) -> None:
     """So few are chosen in a miniature that its short texts are cut as well: the order of heads is proven."""
     config = transformers.DeepseekV32Config(
@@ -90,6 +92,7 @@ def test_keys_that_are_chosen_for_all_heads_are_no_matter(tmp_path: Path) -> Non
         assert apart(path, tmp_path / "locked", {"input_ids": text(length)}) < 1e-6, length
 
 
+@pytest.mark.slow
 def test_bounds_that_small_numbers_never_reach() -> None:
     """A list of bounds, one a layer: rows of such an MLP can change places and not be scaled."""
     config = transformers.Step3p7TextConfig(

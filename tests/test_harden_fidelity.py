@@ -142,15 +142,15 @@ def test_a_fine_tune_is_kept_to_its_answers(models: Path, tmp_path: Path) -> Non
 
 def test_nothing_is_trained_plainly_without_labels(models: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    told = {"progress": lambda done, total, label: seen.append(done), "strength": None}
+    told = {"progress": lambda done, total, label: seen.append(done), "strength": None, "steps": 6}
     assert "plain" not in harden(models, tmp_path / "without", labels=0.0, **told).standalone
-    assert len(seen) == 30
+    assert len(seen) == 6
     assert "plain" in harden(models, tmp_path / "with", labels=0.5, **told).standalone
-    assert len(seen) == 30 + 60
+    assert len(seen) == 6 + 12
 
 
 def test_where_plain_training_costs_the_answers_are_said(models: Path, tmp_path: Path) -> None:
-    harsh = {"steps": 40, "rate": 0.1, "strength": None}
+    harsh = {"steps": 12, "rate": 0.3, "strength": None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "LEAST", -1e9)
         notes = [harden(models, tmp_path / f"{n}", labels=n, **harsh).notes for n in (1.0, 0.0)]
