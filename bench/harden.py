@@ -116,7 +116,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
         return job.name
 
     def bars(case: Case) -> list[Variant]:
-        named = args.ways or WAYS.get(case.family, ("mined",))
+        named = args.ways or WAYS.get(case.family, ("trap",))
         return [one for one in BARS if "bars" in args.groups and one.name in named]
 
     def train(rank: float, case: Case, variant: Variant, seed: int) -> str:
