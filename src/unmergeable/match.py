@@ -231,8 +231,7 @@ def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
 
 def _counted(spec: Spec, shapes: Shapes) -> list[str]:
     """The names of tensors that the spec's class reads at all."""
-    dropped = [re.compile(pattern) for pattern in spec.ignored]
-    return [name for name in shapes if not any(regex.search(name) for regex in dropped)]
+    return [name for name in shapes if not spec.drops(name)]
 
 
 def _says_layers(config: Mapping[str, Any]) -> bool:

@@ -156,9 +156,8 @@ def _match(
         own = getattr(model, "config", None)
         if own is None or not hasattr(own, "to_dict"):
             raise InputError("the module has no config", where=where, hint="pass config=")
-        fields = json.loads(
-            json.dumps(own.to_dict(), default=str)
-        )  # as config.json has it: its keys are text
+        # As config.json has it: its keys are text.
+        fields = json.loads(json.dumps(own.to_dict(), default=str))
     fields["architectures"] = fields.get("architectures") or [where]
     if spec is None and (
         type(model).__module__.split(".")[0] != "transformers" or where not in fields["architectures"]

@@ -165,6 +165,10 @@ class Spec:
     prefix: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
+    def drops(self, name: str) -> bool:
+        """Whether stock loaders drop a tensor of this name: its class does not read it."""
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the spec does to tensors; evidence, versions and what only checks a source left out."""

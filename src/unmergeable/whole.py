@@ -40,6 +40,7 @@ def lacking(
         for name in rest
     )
     ties, known = _ties(config), dict[str, Places]()
+    every = {one for name in shapes for one in spellings(name)}
     problems = []
     for pattern, one in spec.rest.items():
         regex = name_regex(pattern)
@@ -47,7 +48,7 @@ def lacking(
         if one.beside is None or (headless and not pattern.startswith(spec.prefix)):
             continue
         if one.beside not in known:
-            known[one.beside] = _places(one.beside, set().union(*map(spellings, shapes)))
+            known[one.beside] = _places(one.beside, every)
         if not mine and _stands_in(spec, pattern, rest, ties):
             continue
         have = {_place(bound.groupdict()) for bound in mine}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from ..tasks.task import IGNORED, Examples
+from ..tasks.task import IGNORED, Examples, cross_entropy
 from .merged import modes_kept
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ class Fidelity:
         now, labels = task.logits(module, batch), batch.labels
         loss = (1 - self.labels) * divergence(now, before, labels)
         if self.labels:
-            loss = loss + self.labels * functional.cross_entropy(
-                now.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED
-            )
+            loss = loss + self.labels * cross_entropy(now, labels)
         return loss
 
 

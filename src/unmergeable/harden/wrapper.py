@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError
 from ..merging.tensors import rename_like, split
 from ..merging.vectors import is_adapter, load_adapter
 from ..stock import load_module, module_state
-from ..tasks.task import IGNORED, Call, Examples, hidden_states
+from ..tasks.task import IGNORED, Call, Examples, cross_entropy, hidden_states
 from .directions import Directions, check_made
 from .draws import Draws
 from .lora import LoraWeights
@@ -148,8 +148,7 @@ class _Labelled:
 
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """As TensorTask's."""
-        logits = self.logits(call, batch).float().flatten(0, -2)
-        return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED)
+        return cross_entropy(self.logits(call, batch), batch.labels)
 
 
 def _batched(value: Any, labels: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..spec import Rest, name_regex
-from .inventory import fold
+from .inventory import take_stock
 from .sizes import Sizes
 
 TIE = "tie_word_embeddings"
@@ -34,7 +34,7 @@ def find_rest(
     stored = [list(member.layouts()[layout]) for member in family]
     needed, tied = _asked(family[0], layout, patterns)
     spare = _spare(family[0], layout, patterns)
-    widths = _widths(family, layout, patterns)
+    widths = _widths(family, layout)
     out = {}
     for name in patterns:
         if any(regex.search(name) for regex in dropped):
@@ -169,21 +169,14 @@ def _places(start: str, names: Iterable[str]) -> set[tuple[tuple[str, int], ...]
     return {tuple(sorted((dim, int(n)) for dim, n in bound.groupdict().items())) for bound in found if bound}
 
 
-def _widths(family: Sequence[Any], layout: str, patterns: Sequence[str]) -> dict[str, dict[int, str]]:
+def _widths(family: Sequence[Any], layout: str) -> dict[str, dict[int, str]]:
     """{pattern: {axis: the fields that give its size in every miniature}}; only where sizes differ between them."""
     sizes = Sizes([member.config for member in family])
-    shapes = [{name: tuple(t.shape) for name, t in member.layouts()[layout].items()} for member in family]
-    folded = [fold(each, each) for each in shapes]
+    stored = [{name: tuple(t.shape) for name, t in member.layouts()[layout].items()} for member in family]
     out: dict[str, dict[int, str]] = {}
-    for pattern in patterns:
-        found = [
-            {each[name] for name in names.get(pattern, ())}
-            for each, names in zip(shapes, folded, strict=True)
-        ]
-        if any(len(one) != 1 for one in found):
-            continue
-        for axis, values in enumerate(zip(*(one.pop() for one in found), strict=False)):
+    for pattern in take_stock(stored):
+        for axis, values in enumerate(pattern.axes):
             fields = [path for path, given in sizes.fields.items() if given == values]
             if len(set(values)) > 1 and fields:
-                out.setdefault(pattern, {})[axis] = " | ".join(sorted(fields))
+                out.setdefault(pattern.name, {})[axis] = " | ".join(sorted(fields))
     return out

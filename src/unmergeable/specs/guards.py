@@ -95,12 +95,10 @@ def note_unread(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> Spec:
     """
     patterns = [*spec.untouched, *(slot.tensor for site in spec.sites for slot in site.slots)]
     regexes = [name_regex(pattern.removeprefix(cut)) for pattern in patterns for cut in {"", spec.prefix}]
-    dropped = [re.compile(text) for text in spec.ignored]
     unread = {
         name
         for name in shapes
-        if any(regex.search(name) for regex in dropped)
-        and not any(regex.fullmatch(one) for one in spellings(name) for regex in regexes)
+        if spec.drops(name) and not any(regex.fullmatch(one) for one in spellings(name) for regex in regexes)
     }
     taken = {start for name in shapes if name not in unread for start in _starts(name)}
     groups: dict[str, list[str]] = {}

@@ -178,10 +178,7 @@ class TensorTask(Task):
 
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """The mean cross-entropy of a batch in nats, differentiable."""
-        logits = self.logits(call, batch)
-        return torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED
-        )
+        return cross_entropy(self.logits(call, batch), batch.labels)
 
     def score(self, module: torch.nn.Module, index: Sequence[int]) -> Floats:
         return self._each(module, index, self.metric)
@@ -233,6 +230,17 @@ class TensorTask(Task):
             return self.training[np.sort(random.permutation(len(labels))[:each]).tolist()]
         chosen = [random.permutation(np.flatnonzero(labels == c))[:each] for c in np.unique(labels)]
         return self.training[np.concatenate(chosen).tolist()]
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over labelled places in nats, differentiable.
+
+    Args:
+        logits: (n, [positions,] classes). labels: (n, [positions]); places that are IGNORED are left out.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED
+    )
 
 
 def _scores(metric: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
