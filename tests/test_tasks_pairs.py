@@ -145,6 +145,7 @@ def test_classes_that_are_for_it(config: dict[str, Any], kind: str | None) -> No
     assert kind_of(config) == kind
 
 
+@pytest.mark.slow  # trains two models
 def test_a_hardened_model(tmp_path: Path) -> None:
     """Of a base that copies words or shifts them by three, a fine-tune that shifts: merges must not know it."""
     generator = torch.Generator().manual_seed(0)

@@ -55,7 +55,7 @@ def in_child(
         RunError: the child failed in any other way, ran out of time or memory, or died.
     """
     if start is None:
-        start = "fork" if sys.platform == "linux" and threading.active_count() == 1 else "fresh"
+        start = "fork" if sys.platform == "linux" and _alone() else "fresh"
     read_end, write_end = os.pipe()
     try:
         if start == "fork":
@@ -89,6 +89,11 @@ def in_child(
     if isinstance(value, UnmergeableError):
         raise value
     raise RunError("the proof failed", got=value)
+
+
+def _alone() -> bool:
+    """Whether no other Python thread runs, whose locks a fork would copy as they stand."""
+    return threading.active_count() == 1
 
 
 def is_fp64() -> bool:
