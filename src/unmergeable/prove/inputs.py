@@ -18,6 +18,8 @@ from unmergeable.prove.shrink import FIRST_FREE_TOKEN, SPECIAL_TOKENS
 
 TEXT_LENGTH = 27
 DECODER_LENGTH = 25
+#: Patches of an image that is given as a row of them, the longest of a batch.
+PATCHES = 12
 #: Tokens that the padded inputs lose.
 PADDING = 5
 
@@ -60,10 +62,15 @@ def make_inputs(model: Any, config: Mapping[str, Any]) -> list[InputSet]:
                 sets.append(_with_text(config, names, label, seed, side))
     if "pixel_values" in names:
         if not sets:
-            sets = [InputSet(f"images {seed}", _images(config, seed)) for seed in (0, 1)]
-        elif _is_two_tower(config):
+            sets = [InputSet(f"images {seed}", {}) for seed in (0, 1)]
+            if "decoder_input_ids" in names:
+                for seed, entry in enumerate(sets):
+                    entry.arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
+        if "input_ids" not in names or _is_two_tower(config):
             for index, entry in enumerate(sets):
-                entry.arguments.update(_images(config, index))
+                arguments, masks = _images(config, names, index)
+                entry.arguments.update(arguments)
+                entry.masks.update(masks)
     if "input_features" in names:
         sets = []
         for seed in (0, 1):
@@ -72,7 +79,11 @@ def make_inputs(model: Any, config: Mapping[str, Any]) -> list[InputSet]:
                 arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
             sets.append(InputSet(f"features {seed}", arguments))
     if "input_values" in names and not sets:
-        sets = [InputSet(f"waveform {seed}", {"input_values": _normal((2, 4000), seed)}) for seed in (0, 1)]
+        # Mel bins in the config without features among the inputs: a spectrogram takes the waveform's place.
+        mels, length = lookup(config, "num_mel_bins"), lookup(config, "max_length")
+        shape = (2, 4000) if mels is None or length is None else (2, int(length), int(mels))
+        label = "waveform" if len(shape) == 2 else "spectrogram"
+        sets = [InputSet(f"{label} {seed}", {"input_values": _normal(shape, seed)}) for seed in (0, 1)]
     return sets
 
 
@@ -168,10 +179,25 @@ def _pair(value: Any, default: int) -> tuple[int, int]:
     return (int(value), int(value)) if value is not None else (default, default)
 
 
-def _images(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _images(
+    config: Mapping[str, Any], names: Mapping[str, Any], seed: int
+) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
+    """Arguments and masks: images of one size, films where the config counts frames, or rows of patches."""
     channels = int(lookup(config, "num_channels") or 3)
+    if "spatial_shapes" in names:
+        grids = torch.tensor([[3, 4], [2, 5]])
+        mask = torch.arange(PATCHES) < grids.prod(dim=1, keepdim=True)
+        pixels = channels * int(lookup(config, "patch_size") or 16) ** 2
+        arguments = {
+            "pixel_values": _normal((2, PATCHES, pixels), seed + 20),
+            "spatial_shapes": grids,
+            "pixel_attention_mask": mask.long(),
+        }
+        return arguments, {PATCHES: mask}
     height, width = _pair(lookup(config, "image_size"), 32)
-    return {"pixel_values": _normal((2, channels, height, width), seed + 20)}
+    frames = lookup(config, "num_frames")
+    shape = (channels, height, width) if frames is None else (int(frames), channels, height, width)
+    return {"pixel_values": _normal((2, *shape), seed + 20)}, {}
 
 
 def _features(config: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""Classes that take more than tokens or one image: proven on what they take, locked, and compared on other inputs."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import toy
+import unmergeable as um
+from unmergeable.prove.inputs import flatten_outputs, make_inputs
+from unmergeable.stock import load_module
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Inputs = dict[str, torch.Tensor]
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+IMAGE = {**TOWER, "image_size": 24, "patch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.getbasetemp() / "modalities"))
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def captions() -> tuple[Any, Inputs]:
+    """TrOCR: an image in, text out."""
+    decoder = transformers.TrOCRConfig(
+        vocab_size=96, d_model=40, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=56,
+        cross_attention_hidden_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**IMAGE), decoder, decoder_start_token_id=2, pad_token_id=1
+    )
+    tokens = torch.arange(3, 10)[None]
+    return transformers.VisionEncoderDecoderModel(config), {
+        "pixel_values": normal(1, 3, 24, 24),
+        "decoder_input_ids": tokens,
+    }
+
+
+def patches() -> tuple[Any, Inputs]:
+    """SigLIP 2: images as rows of patches, of shapes that differ; text beside them."""
+    config = transformers.Siglip2Config(
+        text_config={
+            **TOWER, "vocab_size": 96, "max_position_embeddings": 16, "projection_size": 32,
+            "bos_token_id": 1, "eos_token_id": 2,
+        },
+        vision_config={**TOWER, "patch_size": 4, "num_patches": 16},
+    )  # fmt: skip
+    grids = torch.tensor([[4, 4], [2, 3]])
+    inputs = {
+        "input_ids": torch.arange(3, 35).reshape(2, 16), "pixel_values": normal(2, 16, 48),
+        "spatial_shapes": grids, "pixel_attention_mask": (torch.arange(16) < grids.prod(1, keepdim=True)).long(),
+    }  # fmt: skip
+    return transformers.Siglip2Model(config), inputs
+
+
+def sounds() -> tuple[Any, Inputs]:
+    """AST: a spectrogram."""
+    config = transformers.ASTConfig(**TOWER, patch_size=8, max_length=40, num_mel_bins=24)
+    return transformers.ASTForAudioClassification(config), {"input_values": normal(2, 40, 24)}
+
+
+def films() -> tuple[Any, Inputs]:
+    """TimeSformer: frames of a film."""
+    config = transformers.TimesformerConfig(**IMAGE, num_frames=3)
+    return transformers.TimesformerForVideoClassification(config), {"pixel_values": normal(2, 3, 3, 24, 24)}
+
+
+@pytest.mark.parametrize(
+    "made",
+    [sounds, *(pytest.param(one, marks=pytest.mark.slow) for one in (captions, patches, films))],
+)
+def test_locked_and_undone(made: Callable[[], tuple[Any, Inputs]], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, inputs = made()
+    with torch.no_grad():
+        for one in module.parameters():
+            one.add_(torch.randn(one.shape) / 8)
+    module.save_pretrained(tmp_path / "model")
+    expected = outputs(tmp_path / "model", inputs)
+    for method in ("exact", "gauge"):
+        target = tmp_path / method
+        report = um.lock(tmp_path / "model", target, key=toy.key(), method=method)
+        acted = [site for site in report.sites if site.acted]
+        assert {"qk", "vo", "mlp"} <= {site.kind for site in acted}
+        assert all(site.moved > 0.5 for site in acted if site.moved is not None)
+        found = outputs(target, inputs)
+        worst = max(float((a - b).norm() / a.norm()) for a, b in zip(expected, found, strict=True))
+        assert worst < (1e-12 if method == "exact" else 1e-5), method
+    um.unlock(tmp_path / "exact", tmp_path / "back", key=toy.key())
+    assert filecmp.cmp(
+        tmp_path / "model" / "model.safetensors", tmp_path / "back" / "model.safetensors", shallow=False
+    )
+
+
+def outputs(path: Path, inputs: Inputs) -> list[torch.Tensor]:
+    module = load_module(path).double()
+    with torch.no_grad():
+        return flatten_outputs(module(**inputs))
+
+
+def test_inputs_are_those_that_a_class_takes() -> None:
+    for made in (captions, patches, sounds, films):
+        module, inputs = made()
+        sets = make_inputs(module, module.config.to_dict())
+        assert sets
+        for one in sets:
+            assert set(inputs) <= set(one.arguments)
+            assert all(one.arguments[name].dim() == value.dim() for name, value in inputs.items())
