@@ -17,8 +17,10 @@ def randomize(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     inputs_first = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for parameter in model.parameters():
-        if not parameter.is_floating_point():
+    # Tables that loaders make anew, of sines for instance, are no part of a checkpoint: they stay as they are made.
+    made = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    for name, parameter in model.named_parameters():
+        if name in made or not parameter.is_floating_point():
             continue
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         if id(parameter) in embeddings:
