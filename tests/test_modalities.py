@@ -76,6 +76,22 @@ def films() -> tuple[Any, Inputs]:
     return transformers.TimesformerForVideoClassification(config), {"pixel_values": normal(2, 3, 3, 24, 24)}
 
 
+def masked_films() -> tuple[Any, Inputs]:
+    """VideoMAE: biases of queries and values that the attention itself has."""
+    config = transformers.VideoMAEConfig(**IMAGE, num_frames=4, tubelet_size=2)
+    return transformers.VideoMAEForVideoClassification(config), {"pixel_values": normal(2, 4, 3, 24, 24)}
+
+
+def questions() -> tuple[Any, Inputs]:
+    """BLIP with images wider than its text: its class overrules what the config says of the width of the keys."""
+    text = {**TOWER, "vocab_size": 96, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.BlipConfig(
+        text_config=text | {"pad_token_id": 0, "sep_token_id": 2}, vision_config={**IMAGE, "hidden_size": 40}
+    )
+    inputs = {"input_ids": torch.arange(3, 35).reshape(2, 16), "pixel_values": normal(2, 3, 24, 24)}
+    return transformers.BlipForConditionalGeneration(config), inputs
+
+
 def translations() -> tuple[Any, Inputs]:
     """Marian: tables of sines, which its checkpoints leave out."""
     config = transformers.MarianConfig(
@@ -94,7 +110,10 @@ def translations() -> tuple[Any, Inputs]:
     "made",
     [
         sounds,
-        *(pytest.param(one, marks=pytest.mark.slow) for one in (captions, patches, films, translations)),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in (captions, patches, films, masked_films, questions, translations)
+        ),
     ],
 )
 def test_locked_and_undone(made: Callable[[], tuple[Any, Inputs]], tmp_path: Path) -> None:
@@ -127,7 +146,7 @@ def outputs(path: Path, inputs: Inputs) -> list[torch.Tensor]:
 
 
 def test_inputs_are_those_that_a_class_takes() -> None:
-    for made in (captions, patches, sounds, films):
+    for made in (captions, patches, sounds, films, masked_films, questions, translations):
         module, inputs = made()
         sets = make_inputs(module, module.config.to_dict())
         assert sets

@@ -156,6 +156,14 @@ def test_sizes_are_expressions_over_fields(
     assert Sizes(configs).find(values, scope) == expression
 
 
+def test_sizes_hold_in_what_a_class_makes_of_a_config() -> None:
+    """Where two fields are equal in what was given, the one that the class does not overrule."""
+    given = [{"encoder_hidden_size": width, "hidden_size": width} for width in (32, 48)]
+    written = [{"encoder_hidden_size": width + 8, "hidden_size": width} for width in (32, 48)]
+    assert Sizes(given).find((32, 48), "text.encoder.layer") == "encoder_hidden_size"
+    assert Sizes(given, written).find((32, 48), "text.encoder.layer") == "hidden_size"
+
+
 def test_position_slopes_keep_heads_in_place() -> None:
     """A class whose heads each have their own slope: everything but their order is proven, and a sentence says so."""
     spec = prove_specs({"architectures": ["BloomForCausalLM"], "model_type": "bloom"})[0]

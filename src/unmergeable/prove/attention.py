@@ -109,10 +109,12 @@ def conjecture(
 ) -> Iterator[Attention]:
     """Layouts that the shapes allow for one block, the likeliest first."""
     biases = {pattern.name: pattern for pattern in stock if len(pattern.axes) == 1}
+    # Biases that the block itself has, beside projections without one.
+    own = {pattern.name: f"{module}.{role}_bias" for role, pattern in roles.items()}
 
     def view(pattern: Pattern, axis: int, index: str) -> View:
         twin = re.sub("weight$", "bias", pattern.name)
-        bias = biases.get(twin)
+        bias = biases.get(twin) or biases.get(own.get(pattern.name, ""))
         return View(pattern, axis, bias if bias and bias.axes[0] == pattern.axes[axis] else None, index)
 
     spare = tuple(

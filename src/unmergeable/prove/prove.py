@@ -71,7 +71,7 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
 
     oracles = [Oracle(member, layout) for member in family]
     judge = Judge(oracles, [member.given for member in family])
-    sizes = Sizes(judge.configs)
+    sizes = Sizes(judge.configs, [member.config for member in family])
     stock = take_stock([{name: array.shape for name, array in oracle.tensors.items()} for oracle in oracles])
     found = search(judge, stock, sizes)
     reached, beside = drop_beside_unreached(oracles, found.sites)

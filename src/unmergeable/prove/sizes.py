@@ -22,10 +22,18 @@ _TOWERS = frozenset(["encoder", "decoder", "text", "vision", "audio", "image", "
 
 
 class Sizes:
-    """The integer fields of several miniature configs, and expressions over them."""
+    """The integer fields of several miniature configs, and expressions over them.
 
-    def __init__(self, configs: Sequence[Mapping[str, Any]]) -> None:
-        self.configs = tuple(configs)
+    Args:
+        configs: as they were given, what a checkpoint's `config.json` is like.
+        written: as the models write them. A class may overrule what it was given: BLIP's text has the width of images
+            for `encoder_hidden_size`, whatever is there. What holds in these too is preferred.
+    """
+
+    def __init__(
+        self, configs: Sequence[Mapping[str, Any]], written: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self.configs, self.written = tuple(configs), tuple(written)
         self.fields: dict[str, tuple[int | None, ...]] = {}
         self.fractions: dict[str, tuple[float, ...]] = {}
         for path, values in _every(self.configs):
@@ -39,10 +47,7 @@ class Sizes:
 
     def values(self, expression: str) -> Values | None:
         """What an expression gives in every miniature; None where it does not give a size in all."""
-        try:
-            return tuple(evaluate_size(expression, config) for config in self.configs)
-        except InputError:
-            return None
+        return _evaluated(expression, self.configs)
 
     def heads(self, scope: str) -> list[str]:
         """Expressions that may count heads, the likeliest for tensors under `scope` first."""
@@ -71,11 +76,12 @@ class Sizes:
 
         `hint` is a regular expression of field names to prefer.
         """
-        best: tuple[tuple[int, bool, int, int], str] | None = None
+        best: tuple[tuple[bool, int, bool, int, int], str] | None = None
         for text in self._expressions(values):
             if self.values(text) != values:
                 continue
             rank = (
+                bool(self.written) and _evaluated(text, self.written) != values,
                 -self._nearness(text, scope),
                 not (hint and re.search(hint, text)),
                 len(re.findall(r"[a-z_.]+", text)),
@@ -112,6 +118,13 @@ class Sizes:
                 pairs = zip(self.fields[x], self.fields[y], wanted, strict=True)
                 if all(a and b and a * b == c for a, b, c in pairs):
                     yield f"{x} * {y}"
+
+
+def _evaluated(expression: str, configs: Sequence[Mapping[str, Any]]) -> Values | None:
+    try:
+        return tuple(evaluate_size(expression, config) for config in configs)
+    except InputError:
+        return None
 
 
 def _beside(x: str, y: str) -> bool:
