@@ -92,6 +92,21 @@ def questions() -> tuple[Any, Inputs]:
     return transformers.BlipForConditionalGeneration(config), inputs
 
 
+def pages() -> tuple[Any, Inputs]:
+    """LayoutLMv3: words, where they stand on their page, and its image."""
+    config = transformers.LayoutLMv3Config(
+        **TOWER, vocab_size=96, max_position_embeddings=32, input_size=24, patch_size=8, coordinate_size=6,
+        shape_size=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    corners = torch.tensor([[10, 20, 30, 40], [500, 600, 900, 999]]).repeat(2, 8, 1)
+    inputs = {
+        "input_ids": torch.arange(3, 35).reshape(2, 16),
+        "bbox": corners,
+        "pixel_values": normal(2, 3, 24, 24),
+    }
+    return transformers.LayoutLMv3ForTokenClassification(config), inputs
+
+
 def translations() -> tuple[Any, Inputs]:
     """Marian: tables of sines, which its checkpoints leave out."""
     config = transformers.MarianConfig(
@@ -112,7 +127,7 @@ def translations() -> tuple[Any, Inputs]:
         sounds,
         *(
             pytest.param(one, marks=pytest.mark.slow)
-            for one in (captions, patches, films, masked_films, questions, translations)
+            for one in (captions, patches, films, masked_films, questions, pages, translations)
         ),
     ],
 )
@@ -146,7 +161,7 @@ def outputs(path: Path, inputs: Inputs) -> list[torch.Tensor]:
 
 
 def test_inputs_are_those_that_a_class_takes() -> None:
-    for made in (captions, patches, sounds, films, masked_films, questions, translations):
+    for made in (captions, patches, sounds, films, masked_films, questions, pages, translations):
         module, inputs = made()
         sets = make_inputs(module, module.config.to_dict())
         assert sets

@@ -161,6 +161,10 @@ def _with_text(
         types = torch.zeros_like(ids)
         types[:, length // 2 :] = 1
         arguments["token_type_ids"] = types
+    if "bbox" in names:
+        # left, top, right, bottom of each word, in thousandths of its page
+        corners = torch.randint(0, 1000, (2, length, 2, 2), generator=_generator(seed + 40))
+        arguments["bbox"] = corners.sort(dim=2).values.flatten(2)
     if "decoder_input_ids" in names:
         arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
     return InputSet(label, arguments, masks)
@@ -194,7 +198,7 @@ def _images(
             "pixel_attention_mask": mask.long(),
         }
         return arguments, {PATCHES: mask}
-    height, width = _pair(lookup(config, "image_size"), 32)
+    height, width = _pair(lookup(config, "image_size") or lookup(config, "input_size"), 32)
     frames = lookup(config, "num_frames")
     shape = (channels, height, width) if frames is None else (int(frames), channels, height, width)
     return {"pixel_values": _normal((2, *shape), seed + 20)}, {}

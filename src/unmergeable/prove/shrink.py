@@ -103,6 +103,7 @@ def _node(node: Config, state: _State) -> Config:
     _experts(node, real, by_role, state)
     _layers(node, real, by_role, state)
     _image(node, real, state)
+    _boxes(node)
     _tokens(node, state)
     for name, value in list(node.items()):
         if isinstance(value, float) and "drop" in name:
@@ -375,11 +376,20 @@ def _image(node: Config, real: Config, state: _State) -> None:
             return dict.fromkeys(value, number)
         return number
 
-    image, size = real.get("image_size"), real.get("patch_size")
+    size = real.get("patch_size")
     if size is not None:
         node["patch_size"] = like(size, patch)
-        if image is not None:
-            node["image_size"] = like(image, 5 * patch)
+        for name in ("image_size", "input_size"):
+            if real.get(name) is not None:
+                node[name] = like(real[name], 5 * patch)
+
+
+def _boxes(node: Config) -> None:
+    """Six parts of the residual width, of coordinates and sizes of a box, where the class lines them up."""
+    width = node.get("hidden_size")
+    if isinstance(width, int) and {"coordinate_size", "shape_size"} <= node.keys():
+        node["coordinate_size"] = -(-width // 6)
+        node["shape_size"] = (width - 4 * node["coordinate_size"]) // 2
 
 
 def _tokens(node: Config, state: _State) -> None:
