@@ -61,7 +61,7 @@ def document(
         summary(found),
         RECOVERED,
         scenario_table(found, scenarios),
-        *(through(found, setting) for setting in ("embedded", "images", "text-c")),
+        *(through(found, setting) for setting in ("embedded", "images", "text-c", "text2-c")),
         METHODS_HEAD,
         *(methods(found, setting) for setting in NAMES),
         claims(found),

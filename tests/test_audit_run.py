@@ -230,6 +230,43 @@ def test_a_budget_leaves_out_what_comes_last(
     assert figures(whole) == figures(small)
 
 
+def test_a_budget_follows_up_what_it_found_off_the_shelf(
+    models: Path, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge that works without a lock is tried aligned before the last merges off the shelf are tried at all."""
+    shelf = ["mergekit:linear", "mergekit:slerp", "mergekit:karcher", "mergekit:nuslerp"]
+    fields = configuration(models, attacks=[*SMALL, *shelf])
+
+    class Clock:
+        """Twenty seconds a job, and none between them."""
+
+        @staticmethod
+        def monotonic() -> float:
+            return 20.0 * len(jobs)
+
+    monkeypatch.setattr(work, "time", Clock)
+    monkeypatch.setattr(run_module, "time", Clock)
+    whole = audit(fields, tmp_path / "whole")
+    order = list(jobs)
+    chains = {job for job in order if job.prepared is not None and job.attack in shelf}
+    assert {job.attack for job in chains} == set(shelf)
+    # Time for six jobs of the shelf, two merges on three sides, and for four more.
+    begun = next(number for number, job in enumerate(order) if job.attack in shelf)
+    jobs.clear()
+    part = audit(fields, tmp_path / "part", budget=(begun + 9.5) / 3)
+    assert jobs[:begun] == order[:begun]
+    tried = {job.attack for job in jobs[begun : begun + 6]}
+    assert len(tried) == 2
+    assert {job.attack for job in jobs[begun + 6 : begun + 8] if job.prepared is not None} == tried
+    assert {one["attack"] for one in part.left_out} & set(shelf)
+    # With time enough for all of it, nothing is lost by the other order.
+    jobs.clear()
+    late = audit(fields, tmp_path / "late", budget=(len(order) + 2.5) / 3)
+    assert late.left_out == []
+    assert set(jobs) == set(order)
+    assert [one.recovered for one in late.levels] == [one.recovered for one in whole.levels]
+
+
 def test_no_time_at_all(models: Path, tmp_path: Path, jobs: list[Job]) -> None:
     fields = configuration(models, PROTECTED, attacks=QUICK, levels=[0])  # one side's rows are the other's
     result = audit(fields, tmp_path / "out", budget=1e-9, require={0: 0.0})

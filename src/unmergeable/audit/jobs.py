@@ -26,6 +26,9 @@ PROOF = "proof"
 HELPS = 0.02
 # Alignments, and what part of the distance one must leave to be followed where no preparation helps.
 ANCHORED, NEARER = ("anchor-coupled", "anchor-coupled-other"), 0.8
+# Of the time that a budget leaves, what merges of level 0 may take before the best of them are followed up: a merge
+# that works without a lock and was not tried aligned would pass for protection.
+SHELF_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,16 @@ class Waves:
             yield self._adaptive
         yield self._shelf
         if self.top >= 1:
-            yield self._followed
+            yield self.follow
         if self.top >= 2:
             yield lambda found: self._taught(found, 2)
         if self.top >= 3:
             yield lambda found: self._taught(found, 3)
             yield self._repairs
+
+    def share(self, wave: Any) -> float:
+        """The part of the time left that a wave may take; what it does not get to may be done after all waves."""
+        return SHELF_SHARE if wave == self._shelf and self.top >= 1 else 1.0
 
     def estimate(self) -> int:
         """About how many jobs there will be."""
@@ -153,12 +160,12 @@ class Waves:
             for name in chosen
         ]
 
-    def _followed(self, found: Found) -> list[Job]:
+    def follow(self, found: Found) -> list[Job]:
         """The merges of level 0 that do best on the unprotected model, after the best preparation."""
         jobs = []
         for side in ("protected", "plain"):
             best = sorted(
-                (name for name in self.shelf if name not in CORE),
+                (name for name in self.shelf if name not in CORE and Job(name, "plain") in found),
                 key=lambda name: -self.worth(found.get(Job(name, "plain"))),
             )
             for prepared in self.beam(found, side)[:1]:

@@ -129,9 +129,13 @@ def _run(
     """All waves; rows that are known already are not found again."""
     found: dict[Job, Row] = {}
     left_out: list[Job] = []
+    postponed: list[Job] = []
     total = waves.estimate()
-    for wave in waves:
-        jobs = [job for job in wave(found) if job not in found]
+
+    def pursue(jobs: Sequence[Job], until: float | None) -> list[Job]:
+        """Find the rows of jobs, and say which were not begun in time."""
+        nonlocal found, total
+        jobs = [job for job in jobs if job not in found]
         # The same models on two sides are the same work: an audit of what is not protected costs one side.
         same: dict[str, list[Job]] = {}
         for job in jobs:
@@ -144,10 +148,11 @@ def _run(
             else:
                 found |= {job: replace(row, side=job.side) for job in alike}
         total = max(total, len(found) + len(jobs))
+        late: list[Job] = []
         for job, row in pool.run(fresh, until):
             alike = same[fresh[job]]
             if row is None:
-                left_out += alike
+                late += alike
                 continue
             found |= {one: replace(row, side=one.side) for one in alike}
             # What failed, for want of memory perhaps, or was refused, for want of a package, may work next time.
@@ -158,7 +163,19 @@ def _run(
         # The order of rows is that of jobs, not that in which workers were done.
         new = set(jobs)
         found = {job: found[job] for job in [*(j for j in found if j not in new), *jobs] if job in found}
-    return found, left_out
+        return late
+
+    for wave in waves:
+        share = waves.share(wave)
+        if until is None or share == 1:
+            left_out += pursue(wave(found), until)
+        else:
+            now = time.monotonic()
+            postponed += pursue(wave(found), min(until, now + share * (until - now)))
+    if postponed:
+        left_out += pursue(postponed, until)
+        left_out += pursue(waves.follow(found), until)
+    return found, [job for job in dict.fromkeys(left_out) if job not in found]
 
 
 def _depends(known: Known, job: Job) -> dict[str, Any]:
