@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unmergeable.fields import LAYER_INDICES, PER_LAYER, PERIODS, SIZES
+from unmergeable.prove import rotary
 
 Config = dict[str, Any]
 
@@ -34,7 +35,6 @@ _HEAD_DIMS = ((8, 16), (12, 10), (10, 14), (14, 12), (16, 8))
 _GROUPS = ((4, 3), (3, 5), (5, 4), (3, 2), (2, 3))
 _INNER = ((52, 44, 76, 68, 92, 58, 86, 106), (84, 116, 92, 62, 74, 110, 132, 148))
 _RANKS = ((20, 26, 22, 28), (28, 18, 34, 38))
-_FALLBACK_HEAD_DIMS = (8, 12, 16, 20, 24, 32, 40, 48, 64)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _attention(node: Config, real: Config, by_role: dict[str, list[str]], state:
         groups, repeat = ((2, 3), (3, 2))[shape] if tower % 2 == 0 else ((2, 2), (2, 3))[shape]
     else:
         groups, repeat = _GROUPS[slot][shape], 1
-    head_dim = _head_dim(_HEAD_DIMS[slot], real, by_role, shape)
+    head_dim = rotary.head_dim(_HEAD_DIMS[slot], real.get("rope_parameters"), shape)
     count = groups * repeat
     for name in heads:
         node[name] = count if real[name] == n_query else state.choose("heads", real[name], (count, 2 * count))
@@ -191,7 +191,7 @@ def _attention(node: Config, real: Config, by_role: dict[str, list[str]], state:
         state.widths.setdefault(real[name], width)
         node[name] = width
         state.used |= {width, count * head_dim, groups * head_dim}
-    _rotary(node.get("rope_parameters"), _real_head_dim(real, by_role), head_dim)
+    rotary.resize(node.get("rope_parameters"), _real_head_dim(real, by_role), head_dim)
 
 
 def _real_head_dim(real: Config, by_role: dict[str, list[str]]) -> int | None:
@@ -200,46 +200,6 @@ def _real_head_dim(real: Config, by_role: dict[str, list[str]]) -> int | None:
     if by_role.get("width") and by_role.get("heads"):
         return int(real[by_role["width"][0]]) // int(real[by_role["heads"][0]])
     return None
-
-
-def _head_dim(both: tuple[int, int], real: Config, by_role: dict[str, list[str]], shape: int) -> int:
-    """A head size whose rotary part is even and has two pairs or more: one hides how they are laid out."""
-    fractions = _fractions(real.get("rope_parameters"))
-    if not fractions:
-        return both[shape]
-
-    def fits(size: int) -> bool:
-        return all(int(size * part) >= 4 and int(size * part) % 2 == 0 for part in fractions)
-
-    if all(fits(size) for size in both):
-        return both[shape]
-    options = [size for size in _FALLBACK_HEAD_DIMS if fits(size)]
-    return options[min(shape, len(options) - 1)] if options else both[shape]
-
-
-def _fractions(rotary: Any) -> list[float]:
-    if not isinstance(rotary, Mapping):
-        return []
-    own = rotary.get("partial_rotary_factor")
-    nested = [part for value in rotary.values() for part in _fractions(value)]
-    return nested if own is None else [float(own), *nested]
-
-
-def _rotary(rotary: Any, real_head_dim: int | None, head_dim: int) -> None:
-    """Resize what has one entry a rotated pair: frequency factors and the sections of several axes."""
-    if not isinstance(rotary, dict) or not real_head_dim:
-        return
-    part = float(rotary.get("partial_rotary_factor") or 1.0)
-    real_pairs, pairs = int(real_head_dim * part) // 2, int(head_dim * part) // 2
-    for name, value in rotary.items():
-        if isinstance(value, dict):
-            _rotary(value, real_head_dim, head_dim)
-        elif isinstance(value, list) and len(value) == real_pairs and name != "mrope_section":
-            rotary[name] = [value[i * real_pairs // pairs] for i in range(pairs)]
-        elif isinstance(value, list) and name == "mrope_section" and sum(value) == real_pairs:
-            sections = [max(1, entry * pairs // real_pairs) for entry in value]
-            sections[0] += pairs - sum(sections)
-            rotary[name] = sections
 
 
 def _even(number: int) -> int:
