@@ -301,8 +301,7 @@ itself, accuracy or minus nats a token.
 `mergelock` acts on attention alone. What keeps a model's large entries (`tall_mask`, `projected`) takes the locked
 attention whole and merges the MLPs: such merges are why more of it is recovered off the shelf than of the others.
 
-A budget flatters a lock. The four audits of `text2-c` were first run with budgets that left out 74 to 82 of 141 rows:
-level 1 came out as .61 to .82, and level 0 of `mergelock` as 0.00. Read the rows above that a budget cut short so.
+A budget flatters a lock: what it left out may be what gets through. Read the rows above that one cut short so.
 """
 SCENARIOS = """
 The audit has to be able to say that everything is lost. Here it must, but for the thief at level 0 who has two

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,17 +191,23 @@ def test_other_data_behind_a_function_are_other_work(
 # --- budgets -------------------------------------------------------------------------------------------------
 
 
-def test_a_budget_leaves_out_what_comes_last(
-    small: AuditResult, models: Path, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Clock:
-        """Twenty seconds more with every job."""
+@pytest.fixture
+def clock(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty seconds a job, and none between them."""
 
+    class Clock:
         @staticmethod
         def monotonic() -> float:
-            return time.monotonic() + 20 * len(jobs)
+            return 20.0 * len(jobs)
 
-    monkeypatch.setattr(work, "time", Clock)
+    for module in (work, run_module):
+        monkeypatch.setattr(module, "time", Clock)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_budget_leaves_out_what_comes_last(
+    small: AuditResult, models: Path, tmp_path: Path, jobs: list[Job]
+) -> None:
     fields = configuration(models, attacks=SMALL)
     result = audit(fields, tmp_path / "out", budget=1.3, require={0: 0.0, 1: 0.0})
     assert [job.label for job in jobs] == [f"{row.attack}, {row.side}" for row in result.rows]
@@ -224,28 +229,19 @@ def test_a_budget_leaves_out_what_comes_last(
     assert first.found is not None
     assert (second.found, second.holds) == (None, False)
     # What was found stays, and the next run finds the rest.
-    monkeypatch.setattr(work, "time", time)
     whole = audit(fields, tmp_path / "out")
     assert len(jobs) == len(set(jobs)) == len(whole.rows)
     assert figures(whole) == figures(small)
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_budget_follows_up_what_it_found_off_the_shelf(
-    models: Path, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, jobs: list[Job]
 ) -> None:
     """A merge that works without a lock is tried aligned before the last merges off the shelf are tried at all."""
     shelf = ["mergekit:linear", "mergekit:slerp", "mergekit:karcher", "mergekit:nuslerp"]
     fields = configuration(models, attacks=[*SMALL, *shelf])
 
-    class Clock:
-        """Twenty seconds a job, and none between them."""
-
-        @staticmethod
-        def monotonic() -> float:
-            return 20.0 * len(jobs)
-
-    monkeypatch.setattr(work, "time", Clock)
-    monkeypatch.setattr(run_module, "time", Clock)
     whole = audit(fields, tmp_path / "whole")
     order = list(jobs)
     chains = {job for job in order if job.prepared is not None and job.attack in shelf}

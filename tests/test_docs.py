@@ -15,9 +15,8 @@ import pytest
 from shell import COMMAND, steps, typed
 
 ROOT = Path(__file__).resolve().parents[1]
-NUMBER = re.compile(
-    r"(?:(?<![\w.#-])-)?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?"
-)  # the limit of an interval has a sign
+# With its sign: the limit of an interval lies on either side of 0.
+NUMBER = re.compile(r"(?:(?<![\w.#-])-)?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?")
 
 
 def blocks(document: str) -> list[tuple[str, str]]:

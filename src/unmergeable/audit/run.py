@@ -129,7 +129,6 @@ def _run(
     """All waves; rows that are known already are not found again."""
     found: dict[Job, Row] = {}
     left_out: list[Job] = []
-    postponed: list[Job] = []
     total = waves.estimate()
 
     def pursue(jobs: Sequence[Job], until: float | None) -> list[Job]:
@@ -166,14 +165,13 @@ def _run(
         return late
 
     for wave in waves:
-        share = waves.share(wave)
-        if until is None or share == 1:
-            left_out += pursue(wave(found), until)
-        else:
+        end = until
+        if until is not None:
             now = time.monotonic()
-            postponed += pursue(wave(found), min(until, now + share * (until - now)))
-    if postponed:
-        left_out += pursue(postponed, until)
+            end = min(until, now + waves.share(wave) * (until - now))
+        left_out += pursue(wave(found), end)
+    if left_out:
+        pursue(left_out, until)  # what a wave's share of the time was too short for
         left_out += pursue(waves.follow(found), until)
     return found, [job for job in dict.fromkeys(left_out) if job not in found]
 
