@@ -1,7 +1,7 @@
 # make demo      lock, verify, merge, unlock and audit the embedded models; pictures, figures and a report in demo/
 # make test      style, types and all tests but the slow ones: what CI runs
-# make test-all  the slow ones too: real models from packages, every architecture, the kill tests, and the
-#                report in a real browser (Chromium, which the system must have)
+# make test-all  the slow ones too, with keys and salts that are new in every run: real models from packages, every
+#                architecture, the kill tests, and the report in a real browser (Chromium, which the system must have)
 # make lint      style and types alone
 # make bench     speed and memory beside a plain copy, on a 1.7 GB checkpoint that it makes
 #
@@ -27,7 +27,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not browser"
 
 test-all: lint $(VENV)/.browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --fresh
 
 lint: $(STAMP)
 	$(BIN)/ruff check

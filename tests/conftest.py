@@ -3,11 +3,60 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 
 from unmergeable.prove import child
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fresh",
+        action="store_true",
+        help="keys and salts are new in every run, from the operating system; else they follow from the test's name",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--fresh"):
+        config.pluginmanager.register(KeysByName())
+
+
+class KeysByName:
+    """A test that locks draws the same key and the same salt in every run: what fails once can be looked at again.
+
+    Fixtures have draws of their own, for it hangs on the order of tests which of them sets one up. Commands in
+    another process, but for forks of this one, draw from the operating system.
+    """
+
+    def __init__(self) -> None:
+        self.draws: list[random.Random] = []
+
+    def draw(self, size: int) -> bytes:
+        return self.draws[-1].randbytes(size)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        self.draws.append(random.Random(item.nodeid))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "urandom", self.draw)
+            result = yield
+        self.draws.pop()
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, Any, Any]:
+        self.draws.append(random.Random(f"{request.node.nodeid} {fixturedef.argname}"))
+        try:
+            return (yield)
+        finally:
+            self.draws.pop()
 
 
 @pytest.fixture(scope="session", autouse=True)
