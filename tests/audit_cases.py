@@ -22,6 +22,7 @@ import toy
 import unmergeable as um
 from unmergeable.attacks.prepare import COLLUDE
 from unmergeable.audit import work
+from unmergeable.audit.config import Config, make_config
 from unmergeable.audit.jobs import Job
 from unmergeable.audit.results import AuditResult
 from unmergeable.audit.rows import Cost, Look, Point, Row, Scores, Side, State
@@ -164,6 +165,11 @@ def configuration(folder: Path, model: str = "locked", **changes: Any) -> dict[s
         task["data"] = str(folder / task["data"])
         task["train"] = {"data": str(folder / task["train"]["data"])}
     return fields
+
+
+def config(fields: dict[str, Any]) -> Config:
+    """What an audit makes of such fields."""
+    return make_config(fields, Path(), Path("audit.yaml"))
 
 
 def audit(fields: Mapping[str, Any] | Path, output: Path, **options: Any) -> AuditResult:

@@ -1,13 +1,16 @@
-"""A document of an audit as one is written: made from its dataclasses, its levels judged from its rows."""
+"""A document of an audit as one is written, its levels judged from its rows; and the page of one as a tree."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from unmergeable.audit.report import render
 from unmergeable.audit.results import AuditResult, Requirement
 from unmergeable.audit.rows import SIDES, Cost, Look, Point, Row, Side
 from unmergeable.audit.scores import Reference, curve, judge
@@ -313,3 +316,67 @@ def _grid() -> dict[str, Any]:
         grid[side] = [[round(joint(dose, other), 4) for other in others] for dose in doses]
     grid["protected"][5][5] = None  # a merge that could not be scored
     return grid
+
+
+# --- the page ------------------------------------------------------------------------------------------------
+
+CSS = Path(render.__code__.co_filename).parent / "templates" / "style.css"
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
+
+
+@dataclass
+class Node:
+    """An element."""
+
+    tag: str
+    attributes: dict[str, str]
+    children: list[Node | str] = field(default_factory=list)
+
+    def walk(self) -> Iterator[Node]:
+        """All elements in here, this one first."""
+        yield self
+        for child in self.children:
+            if isinstance(child, Node):
+                yield from child.walk()
+
+    def find(self, *tags: str) -> list[Node]:
+        return [node for node in self.walk() if node.tag in tags]
+
+    @property
+    def text(self) -> str:
+        """Its text as one line; elements stand apart."""
+        parts = [child if isinstance(child, str) else f" {child.text} " for child in self.children]
+        return " ".join("".join(parts).split())
+
+    @property
+    def classes(self) -> list[str]:
+        return self.attributes.get("class", "").split()
+
+
+class Tree(HTMLParser):
+    """A page as a tree; an element that is closed wrongly is an error."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.root = Node("", {})
+        self.open = [self.root]
+        self.feed(page)
+        self.close()
+        assert self.open == [self.root], f"not closed: {[node.tag for node in self.open]}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice: {attrs}"
+        node = Node(tag, {name: value or "" for name, value in attrs})
+        self.open[-1].children.append(node)
+        if tag not in VOID:
+            self.open.append(node)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[-1].children.append(Node(tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)

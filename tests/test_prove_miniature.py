@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -206,29 +204,6 @@ def _build(config, architecture=None):
     return build_miniature(config, architecture).config
 
 
-def _sleep(seconds):
-    time.sleep(seconds)
-
-
-def _crash():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _raise_key_error():
-    raise KeyError("lost")
-
-
-def _allocate(size):
-    return int(np.ones(size, dtype=np.uint8).sum())
-
-
-def _multiply(size):
-    import torch
-
-    matrix = torch.ones(size, size)
-    return str(matrix.dtype), str(torch.arange(3).float().dtype), float((matrix @ matrix)[0, 0])
-
-
 _KNOWN: dict[str, list[dict]] = {}
 
 
@@ -389,47 +364,3 @@ def test_one_of_every_kind_of_layer_is_kept():
     config = in_child(_build, GEMMA3)
     assert set(config["layer_types"]) == {"sliding_attention", "full_attention"}
     assert config["num_key_value_heads"] == 1
-
-
-# ---- the child process
-
-
-def test_the_child_is_fp64_and_the_parent_is_not():
-    torch = importlib.import_module("torch")
-    assert in_child(_multiply, 4) == ("torch.float64", "torch.float64", 4.0)
-    assert torch.float32 is not torch.float64
-
-
-def test_a_parent_that_has_used_its_threads_does_not_hang_the_child():
-    code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import torch, test_prove_miniature as t\n"
-        "from unmergeable.prove.child import in_child\n"
-        "torch.set_num_threads(2); a = torch.rand(2000, 2000); a @ a; (a + a).exp().sum()\n"
-        "print(in_child(t._multiply, 1500, start='fork', timeout=60)[2])"
-    )
-    environment = {**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.strip() == "1500.0", done.stderr
-
-
-def test_a_fresh_interpreter_works_too():
-    assert in_child(_multiply, 4, start="fresh")[0] == "torch.float64"
-
-
-@pytest.mark.parametrize(
-    ("function", "args", "options", "message"),
-    [
-        (_sleep, (60,), {"timeout": 1.5}, "took too long"),
-        (_crash, (), {}, "died without an answer"),
-        (_raise_key_error, (), {}, "KeyError"),
-        (_allocate, (3 << 30,), {"memory": 1 << 30}, "Memory"),
-    ],
-)
-def test_a_failing_child_is_an_error_of_ours(function, args, options, message):
-    started = time.monotonic()
-    with pytest.raises(RunError, match=message):
-        in_child(function, *args, **options)
-    assert time.monotonic() - started < 20

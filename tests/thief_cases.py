@@ -6,8 +6,8 @@ seconds, and written as checkpoints that stock classes open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 import toy
 import unmergeable as um
-from unmergeable.attacks.thief import MergeAttack, Thief
+from unmergeable.attacks.thief import Look, MergeAttack, Thief, detached
 from unmergeable.audit.bench import Bench
 from unmergeable.audit.config import make_config
 from unmergeable.audit.explore import Explorer
@@ -25,6 +25,7 @@ from unmergeable.audit.finalists import finalists
 from unmergeable.audit.known import prepare
 from unmergeable.audit.scores import Reference
 from unmergeable.audit.work import one_thread
+from unmergeable.merging import Merged
 
 CLASSES = {"stars": 4, "moons": 3, "suns": 5}  # the protected task, and two of the thief's
 PROTECTED, *OWN = CLASSES
@@ -162,6 +163,36 @@ class Scene:
         return explorer.looks[first].options, explorer.kept.get(first)
 
 
+@dataclass
+class Doses:
+    """Doses of the protected model, as one wishes: what is done before a merge is made, by its dose."""
+
+    doses: tuple[float, ...]
+    before: Mapping[float, Callable[[], object]] = field(default_factory=dict)
+    broken: tuple[float, ...] = ()
+    keep: bool = False
+    made: list[float] = field(default_factory=list)
+    name: str = "doses"
+    about: str = "doses"
+    needs: tuple[str, ...] = ("base",)
+    access: int = 0
+    alone: bool = True
+
+    def explore(self, thief: Thief, look: Look) -> None:
+        for dose in self.doses:
+            merged = self.make(thief, {"dose": dose})
+            look({"dose": dose}, merged, kept=detached(merged) if self.keep else None)
+
+    def make(self, thief: Thief, options: Mapping[str, Any]) -> Merged:
+        self.made.append(options["dose"])
+        self.before.get(options["dose"], lambda: None)()
+        weights = dict.fromkeys(thief.experts, 0.4) | {next(iter(thief.experts)): options["dose"]}
+        merged = thief.whole(detached(thief.mixer.mix(weights)))
+        if options["dose"] in self.broken:
+            next(iter(merged.shared.values())).fill_(float("nan"))
+        return merged
+
+
 def opened(fields: Mapping[str, Any], folder: Path) -> Scene:
     """The bench of a configuration."""
     with one_thread():
@@ -245,3 +276,8 @@ def distance(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -
     """‖two − one‖ / ‖one‖ over what the first has."""
     off = sum(float((two[name].double() - tensor.double()).square().sum()) for name, tensor in one.items())
     return float(off / sum(float(tensor.double().square().sum()) for tensor in one.values())) ** 0.5
+
+
+def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    """Whether tensors are the same, bit for bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

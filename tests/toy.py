@@ -11,6 +11,8 @@ import numpy as np
 
 from unmergeable.checkpoint import build_shard, to_bits, to_float64
 from unmergeable.derive import Key
+from unmergeable.lock import lock
+from unmergeable.report import LockReport
 from unmergeable.spec import Spec
 
 HIDDEN, VOCAB, LAYERS = 24, 40, 2
@@ -218,6 +220,16 @@ def write_file(path: Path, values: dict[str, np.ndarray], *, dtype: str = "BF16"
         for name, value in values.items():
             file.write((value if kinds[name] == "I64" else to_bits(value, kinds[name])).tobytes())
     return path
+
+
+def locked(src: Path, dst: Path, **more: Any) -> LockReport:
+    """A folder of the toy locked: what `lock` is given by default, its key and its spec."""
+    return lock(src, dst, **{"key": key(), "spec": spec(), **more})
+
+
+def nothing_at(dst: Path) -> bool:
+    """Whether nothing was written there, nor anything left beside it on the way."""
+    return not dst.exists() and not [p for p in dst.parent.iterdir() if p.name.startswith(f".{dst.name}.")]
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
