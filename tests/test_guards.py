@@ -18,6 +18,7 @@ from unmergeable.errors import InputError
 from unmergeable.methods import context as methods_context
 from unmergeable.spec import Spec
 from unmergeable.specs import shipped
+from unmergeable.specs.guards import check_agrees
 from unmergeable.stock import load_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -94,6 +95,30 @@ SPEECH = {
 @pytest.mark.parametrize("heads", [(4, 2), (2, 4)])
 def test_towers_with_different_numbers_of_heads(heads: tuple[int, int], tmp_path: Path) -> None:
     refused(whisper(tmp_path / "model", *heads), "different numbers of heads")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"decoder": {"encoder_attention_heads": 16, "decoder_attention_heads": 4}},
+            "decoder.encoder_attention_heads",
+        ),
+        ({"text": {"num_heads": 4}, "image": {"num_heads": [2, 8]}}, "text.num_heads = image.num_heads[0]"),
+    ],
+)
+def test_numbers_of_heads_that_no_proof_told_apart(config: dict[str, Any], said: str) -> None:
+    alike = {"alike": [["text.num_heads", "image.num_heads[0]", "sound.num_heads"]]}
+    spec = Spec.from_dict({**toy.spec_dict(), "evidence": alike})
+    same = {
+        "text": {"num_heads": 4},
+        "image": {"num_heads": [4, 8]},
+        "decoder": {"decoder_attention_heads": 4},
+    }
+    check_agrees(spec, {}, same, "config.json")
+    with pytest.raises(InputError, match="different numbers of heads") as caught:
+        check_agrees(spec, {}, config, "config.json")
+    assert said in str(caught.value)
 
 
 def test_a_type_that_the_class_is_not_of(tmp_path: Path) -> None:

@@ -107,6 +107,31 @@ def pages() -> tuple[Any, Inputs]:
     return transformers.LayoutLMv3ForTokenClassification(config), inputs
 
 
+def regions() -> tuple[Any, Inputs]:
+    """SegFormer: stages with keys and values of fewer places, and a head that reads all of them."""
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, depths=[2, 1], sr_ratios=[4, 2], hidden_sizes=[16, 40], num_attention_heads=[2, 5],
+        patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], decoder_hidden_size=24, num_labels=3,
+    )  # fmt: skip
+    return transformers.SegformerForSemanticSegmentation(config), {"pixel_values": normal(2, 3, 64, 64)}
+
+
+def documents() -> tuple[Any, Inputs]:
+    """Donut: an encoder of stages with shifted windows, and a decoder of text."""
+    encoder = transformers.DonutSwinConfig(
+        embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=2, image_size=[16, 24], patch_size=2
+    )
+    decoder = transformers.MBartConfig(
+        vocab_size=96, d_model=32, decoder_layers=2, decoder_attention_heads=4, encoder_attention_heads=4,
+        decoder_ffn_dim=48, max_position_embeddings=64,
+    )  # fmt: skip
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder, decoder, decoder_start_token_id=2, pad_token_id=1
+    )
+    inputs = {"pixel_values": normal(1, 3, 16, 24), "decoder_input_ids": torch.arange(3, 10)[None]}
+    return transformers.VisionEncoderDecoderModel(config), inputs
+
+
 def translations() -> tuple[Any, Inputs]:
     """Marian: tables of sines, which its checkpoints leave out."""
     config = transformers.MarianConfig(
@@ -127,7 +152,17 @@ def translations() -> tuple[Any, Inputs]:
         sounds,
         *(
             pytest.param(one, marks=pytest.mark.slow)
-            for one in (captions, patches, films, masked_films, questions, pages, translations)
+            for one in (
+                captions,
+                patches,
+                films,
+                masked_films,
+                questions,
+                pages,
+                translations,
+                regions,
+                documents,
+            )
         ),
     ],
 )
@@ -161,7 +196,18 @@ def outputs(path: Path, inputs: Inputs) -> list[torch.Tensor]:
 
 
 def test_inputs_are_those_that_a_class_takes() -> None:
-    for made in (captions, patches, sounds, films, masked_films, questions, pages, translations):
+    for made in (
+        captions,
+        patches,
+        sounds,
+        films,
+        masked_films,
+        questions,
+        pages,
+        translations,
+        regions,
+        documents,
+    ):
         module, inputs = made()
         sets = make_inputs(module, module.config.to_dict())
         assert sets

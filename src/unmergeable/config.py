@@ -10,11 +10,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from unmergeable.errors import Contradiction
-from unmergeable.fields import DERIVED, INERT, INERT_ROTARY, LAYER_INDICES, PER_LAYER, ROTARY_KINDS, SIZES
+from unmergeable.fields import (
+    DERIVED,
+    INERT,
+    INERT_ROTARY,
+    LAYER_INDICES,
+    PER_LAYER,
+    ROTARY_KINDS,
+    SIZES,
+    by_stage,
+)
 
 Config = dict[str, Any]
 
@@ -23,6 +33,12 @@ CLASS = "$class"
 
 #: Reserved key of `structure`: which sizes are given at all.
 SIZES_GIVEN = "$sizes"
+
+#: Reserved key of `structure`: whether an encoder and a decoder are as wide as each other.
+COUPLED = "$coupled"
+
+#: Roles of sizes that may be lists: where heads have an entry a stage, so have widths.
+_BY_STAGE = ("heads", "width")
 
 _ROTARY = "rope_parameters"
 _PROBE = 0.4375
@@ -113,9 +129,10 @@ def structure(config: Mapping[str, Any]) -> Config:
     """The part of a canonical configuration that decides which symmetries hold.
 
     Neither sizes nor inert fields belong to it, nor empty mappings (such as `pruned_heads` of old files). Of
-    a size only "none" or "zero" remains, of a width that may equal the residual width whether it does. Lists
-    with one entry a layer become the sorted set of the combinations of kinds that occur, lists of layer
-    numbers become whether there are any.
+    a size only "none" or "zero" remains, of a width that may equal the residual width whether it does, of widths by
+    stage how many there are, of heads by stage their proportions; other lists of both stay as they are. Lists with one
+    entry a layer become the sorted set of the combinations of kinds that occur, lists of layer numbers become whether
+    there are any.
     """
     result: Config = {}
     kinds: dict[str, list[Any]] = {}
@@ -124,12 +141,17 @@ def structure(config: Mapping[str, Any]) -> Config:
     if given:
         result[SIZES_GIVEN] = given
     widths = [value for name, value in config.items() if SIZES.get(name) == "width" and value is not None]
+    if isinstance(config.get("encoder"), Mapping) and isinstance(config.get("decoder"), Mapping):
+        result[COUPLED] = width(config["encoder"]) == width(config["decoder"])
+    staged = any(SIZES.get(n) == "heads" and by_stage(v) for n, v in config.items())
     for name, value in config.items():
         if name == CLASS or name in INERT or value == {}:
             continue
         if name in SIZES:
             if name not in DERIVED and (value is None or (isinstance(value, int | float) and value <= 0)):
                 result[name] = None if value is None else 0
+            elif isinstance(value, list) and SIZES[name] in _BY_STAGE:
+                result[name] = _stages(name, value) if staged and by_stage(value) else copy.deepcopy(value)
             elif SIZES[name] == "linked" and value is not None:
                 result[name] = "width" if value in widths else "own"
         elif name in LAYER_INDICES and (value is None or isinstance(value, list)):
@@ -149,6 +171,12 @@ def structure(config: Mapping[str, Any]) -> Config:
     return result
 
 
+def width(config: Mapping[str, Any]) -> int | None:
+    """The residual width that other models see; of stages, the last one's."""
+    found = next((config[name] for name in ("hidden_size", "d_model", "n_embd") if config.get(name)), None)
+    return found if isinstance(found, int) else None
+
+
 def lookup(config: Mapping[str, Any], name: str) -> Any:
     """The value of a field, searched breadth first through nested configurations, or None."""
     level: list[Mapping[str, Any]] = [config]
@@ -158,6 +186,13 @@ def lookup(config: Mapping[str, Any], name: str) -> Any:
                 return node[name]
         level = [value for node in level for value in node.values() if isinstance(value, Mapping)]
     return None
+
+
+def _stages(name: str, value: list[int]) -> Any:
+    """Of which of two stages with as many heads a proof means the number, it cannot tell."""
+    return (
+        [count // math.gcd(*value) for count in value] if SIZES[name] == "heads" else f"{len(value)} stages"
+    )
 
 
 def _is_json(value: Any) -> bool:

@@ -21,7 +21,7 @@ def _names(*blocks: str) -> frozenset[str]:
 _ROLES = {
     "width": """
         hidden_size n_embd n_embed d_model dim embed_dim model_dim encoder_hidden_size
-        decoder_hidden_size
+        decoder_hidden_size hidden_sizes
     """,
     "inner": """
         intermediate_size n_inner d_ff dff ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size
@@ -175,3 +175,8 @@ INERT_ROTARY = _names(
 #: Kinds of rotary scaling that only choose frequencies and one positive factor of the scores. Every group that is
 #: proven commutes with rotations by any angle; another kind is structure.
 ROTARY_KINDS = frozenset(["default", "linear", "dynamic", "yarn", "longrope", "llama3"])
+
+
+def by_stage(value: object) -> bool:
+    """Whether a size has an entry for every stage of a model."""
+    return isinstance(value, list) and len(value) > 1 and all(type(one) is int and one > 0 for one in value)

@@ -288,9 +288,9 @@ class Spec:
 def evaluate_size(expression: str, config: Mapping[str, Any], where: str = "size") -> int:
     """A size such as `num_attention_heads // num_key_value_heads`, from a canonical config.
 
-    Names are fields (dotted for nested configs), `a or b` takes b where a is missing or null, `*`, `//`, `+`
-    and `-` are arithmetic and `//` must leave no rest. `int(a * b)` rounds down, for fractions such as a
-    partial rotary factor.
+    Names are fields (dotted for nested configs), `num_heads[2]` is an entry of a list, `a or b` takes b where a is
+    missing or null, `*`, `//`, `+` and `-` are arithmetic and `//` must leave no rest. `int(a * b)` rounds down, for
+    fractions such as a partial rotary factor.
 
     Raises:
         InputError: a field is missing or not a number, or a division leaves a rest.
@@ -328,6 +328,10 @@ def _value(node: ast.expr, config: Mapping[str, Any], text: str, where: str) -> 
         return node.value
     if isinstance(node, ast.Name | ast.Attribute):
         return lookup(config, ast.unparse(node))
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        entries, place = lookup(config, ast.unparse(node.value)), node.slice.value
+        inside = isinstance(entries, list) and isinstance(place, int) and 0 <= place < len(entries)
+        return entries[place] if inside else None
     if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
         values = (_value(part, config, text, where) for part in node.values)
         return next((value for value in values if value is not None), None)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from unmergeable.config import lookup
+from unmergeable.prove import stages
 from unmergeable.prove.shrink import FIRST_FREE_TOKEN, SPECIAL_TOKENS
 
 TEXT_LENGTH = 27
@@ -198,7 +199,7 @@ def _images(
             "pixel_attention_mask": mask.long(),
         }
         return arguments, {PATCHES: mask}
-    height, width = _pair(lookup(config, "image_size") or lookup(config, "input_size"), 32)
+    height, width = _pair(lookup(config, "image_size") or lookup(config, "input_size"), stages.side(config))
     frames = lookup(config, "num_frames")
     shape = (channels, height, width) if frames is None else (int(frames), channels, height, width)
     return {"pixel_values": _normal((2, *shape), seed + 20)}, {}

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .stages import staged
+
 Shape = tuple[int, ...]
 
 
@@ -33,9 +35,12 @@ class Pattern:
 def fold(names: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
     """Names by pattern. The first number of a name is `{l}`; a later one is `{e}` if it repeats a tensor.
 
-    A later number that never repeats one (`mlp.0`, `mlp.2`, or one sub-layer of a block) is part of the name.
+    A later number that never repeats one (`mlp.0`, `mlp.2`, or one sub-layer of a block) is part of the name, and so
+    is that of a stage, for each is as wide as it likes.
     """
     wild: dict[str, list[str]] = {}
+    names = list(names)
+    stages = staged(names, shapes)
     for name in names:
         wild.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "#", name), []).append(name)
     out: dict[str, list[str]] = {}
@@ -46,11 +51,23 @@ def fold(names: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, list[st
             k > 0 and len({n[k] for n in numbers}) > 1 and len({shapes[name] for name in members}) == 1
             for k in range(depth)
         ]
-        if depth:
+        if depth > 1 and any(map(members[0].startswith, stages)):
+            repeats[:2] = False, _repeats_within(members, numbers, shapes)
+        elif depth:
             repeats[0] = True
         for name in members:
             out.setdefault(_wildcards(name, repeats), []).append(name)
     return out
+
+
+def _repeats_within(
+    members: Sequence[str], numbers: Sequence[Sequence[int]], shapes: Mapping[str, Shape]
+) -> bool:
+    """Whether second numbers tell tensors of one shape apart, wherever all other numbers are the same."""
+    found: dict[tuple[int, ...], set[Shape]] = {}
+    for name, (first, _, *rest) in zip(members, numbers, strict=True):
+        found.setdefault((first, *rest), set()).add(shapes[name])
+    return len({second for _, second, *_ in numbers}) > 1 and all(len(each) == 1 for each in found.values())
 
 
 def take_stock(miniatures: Sequence[Mapping[str, Shape]]) -> list[Pattern]:

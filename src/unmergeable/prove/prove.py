@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import InputError, RunError
 from ..spec import Refusal, Site, Spec
 
-VERSION = 3  # of the prover: a cached spec of another version is proven again
+VERSION = 4  # of the prover: a cached spec of another version is proven again
 
 
 def prove_specs(
@@ -103,7 +103,7 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
         rest=find_rest(family, layout, untouched, sorted(in_sites), ignored),
         ignored=ignored,
         prefix=prefix,
-        evidence=_evidence(model, family, oracles, worst),
+        evidence={**_evidence(model, family, oracles, worst), "alike": sizes.alike_heads()},
     )
 
 

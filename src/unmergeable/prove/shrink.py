@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unmergeable.fields import LAYER_INDICES, PER_LAYER, PERIODS, SIZES
-from unmergeable.prove import rotary
+from unmergeable.prove import rotary, stages, towers
 
 Config = dict[str, Any]
 
@@ -91,7 +91,7 @@ def vocabulary(shape: int) -> int:
 
 
 def _node(node: Config, state: _State) -> Config:
-    real = dict(node)
+    real, alike = dict(node), towers.alike(node)
     by_role: dict[str, list[str]] = {}
     for name, value in real.items():
         if name in SIZES and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
@@ -101,7 +101,8 @@ def _node(node: Config, state: _State) -> Config:
         for name in names:
             node[name] = _size(role, name, real[name], node, real, state)
     _experts(node, real, by_role, state)
-    _layers(node, real, by_role, state)
+    if not stages.shrink(node, real, state.shape):
+        _layers(node, real, by_role, state)
     _image(node, real, state)
     _boxes(node)
     _tokens(node, state)
@@ -112,6 +113,7 @@ def _node(node: Config, state: _State) -> Config:
             _clamp(value)
         elif isinstance(value, dict) and name != "rope_parameters" and _has_sizes(value):
             node[name] = _node(value, state)
+    towers.couple(node, alike)
     _clamp(node)
     labelled = node.keys() & {"id2label", "label2id", "num_labels"}
     for name in (*_STAGES, *(("id2label", "label2id", "problem_type") if labelled else ())):
@@ -341,7 +343,7 @@ def _image(node: Config, real: Config, state: _State) -> None:
         node["patch_size"] = like(size, patch)
         for name in ("image_size", "input_size"):
             if real.get(name) is not None:
-                node[name] = like(real[name], 5 * patch)
+                node[name] = like(real[name], stages.patches(node, 5) * patch)
 
 
 def _boxes(node: Config) -> None:

@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
+from ..fields import SIZES
 from ..spec import evaluate_size
 
 Values = tuple[int, ...]
 
-_HEADS = re.compile(r"(heads?|n_head|num_heads|query_groups|n_head_kv)$")
+_HEADS = re.compile(r"(heads?|n_head|num_heads|query_groups|n_head_kv)(\[\d+\])?$")
 _KV = re.compile(r"key_value|kv|group")
-_WIDTH = re.compile(r"(hidden_size|d_model|n_embd|n_embed|embed_dim|hidden_dim|dim|width)$")
+_WIDTH = re.compile(r"(hidden_sizes?|d_model|n_embd|n_embed|embed_dim|hidden_dim|dim|width)(\[\d+\])?$")
+_COUNT = re.compile(r"(layers|blocks|stages|depth)$")  # no factor of a width, whatever its number
+_STAGE = re.compile(r"\[(\d+)\]")
 _TOWERS = frozenset(["encoder", "decoder", "text", "vision", "audio", "image", "speech", "cross"])
 
 
@@ -36,9 +39,15 @@ class Sizes:
         self.configs, self.written = tuple(configs), tuple(written)
         self.fields: dict[str, tuple[int | None, ...]] = {}
         self.fractions: dict[str, tuple[float, ...]] = {}
+        self.ratios: dict[str, tuple[float, ...]] = {}
         for path, values in _every(self.configs):
             if all(isinstance(v, float) and 0 < v < 1 for v in values) and re.search("rotary|rope", path):
                 self.fractions[path] = values
+            if (
+                all(isinstance(v, float) and v >= 1 for v in values)
+                and SIZES.get(path.rpartition(".")[2]) == "ratio"
+            ):
+                self.ratios[path] = values
             whole = all(
                 v is None or (isinstance(v, int) and not isinstance(v, bool) and v > 0) for v in values
             )
@@ -54,7 +63,7 @@ class Sizes:
         found = []
         for path, values in self.fields.items():
             leaf = path.rpartition(".")[2]
-            if not _HEADS.search(leaf) or re.search("dim|size", leaf):
+            if not _HEADS.search(leaf) or re.search("dim|size", leaf) or not _of_stage(path, scope):
                 continue
             if None not in values:
                 found.append(path)
@@ -67,6 +76,14 @@ class Sizes:
         found.sort(key=lambda text: (-self._nearness(text, scope), bool(_KV.search(text)), len(text)))
         return list({self.values(text): text for text in reversed(found)}.values())[::-1]
 
+    def alike_heads(self) -> list[list[str]]:
+        """Fields that count heads and agree in all miniatures: no proof can tell which of them an expression means."""
+        found: dict[Any, list[str]] = {}
+        for path, values in self.fields.items():
+            if SIZES.get(_STAGE.sub("", path.rpartition(".")[2])) == "heads" and None not in values:
+                found.setdefault(values, []).append(path)
+        return [paths for paths in found.values() if len(paths) > 1]
+
     def find_field(self, leaf: str) -> set[tuple[int | None, ...]]:
         """The values of every field of this name, in the config and its parts."""
         return {values for path, values in self.fields.items() if path.rpartition(".")[2] == leaf}
@@ -76,12 +93,13 @@ class Sizes:
 
         `hint` is a regular expression of field names to prefer.
         """
-        best: tuple[tuple[bool, int, bool, int, int], str] | None = None
+        best: tuple[tuple[bool, bool, int, bool, int, int], str] | None = None
         for text in self._expressions(values):
             if self.values(text) != values:
                 continue
             rank = (
                 bool(self.written) and _evaluated(text, self.written) != values,
+                not _of_stage(text, scope),
                 -self._nearness(text, scope),
                 not (hint and re.search(hint, text)),
                 len(re.findall(r"[a-z_.]+", text)),
@@ -106,6 +124,13 @@ class Sizes:
         heads = [path for path in names if _HEADS.search(path)]
         rules = [f"{width} // {count}" for width in widths for count in heads if _beside(width, count)]
         rules += [f"{k} * {path}" for path in widths for k in (2, 3, 4, 8)]
+        rules += [
+            f"int({k} * {width} * {ratio})"
+            for width in widths
+            for ratio in self.ratios
+            for k in (1, 2, 4, 8)
+            if _beside(width, ratio)
+        ]
         rules += [f"{x} // ({y})" for x in heads for y in self.heads(x) if x != y and _beside(x, y)]
         yield from rules
         # a field that is null in one of them has a rule instead: `head_dim or hidden_size // num_heads`
@@ -113,8 +138,9 @@ class Sizes:
             values = self.fields[path]
             if None in values and all(v in (None, w) for v, w in zip(values, wanted, strict=True)):
                 yield from (f"{path} or {rule}" for rule in (*rules, *names) if rule != path)
-        for i, x in enumerate(names):
-            for y in names[i + 1 :]:
+        factors = [path for path in names if not _COUNT.search(path)]
+        for i, x in enumerate(factors):
+            for y in factors[i + 1 :]:
                 pairs = zip(self.fields[x], self.fields[y], wanted, strict=True)
                 if all(a and b and a * b == c for a, b, c in pairs):
                     yield f"{x} * {y}"
@@ -132,6 +158,11 @@ def _beside(x: str, y: str) -> bool:
     return x.rpartition(".")[0] == y.split(" or ")[0].rpartition(".")[0]
 
 
+def _of_stage(text: str, scope: str) -> bool:
+    """Whether an expression has no stage's own field but that of the stage that the scope is in."""
+    return set(_STAGE.findall(text)) <= set(scope.split("."))
+
+
 def _every(configs: Sequence[Mapping[str, Any]], path: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
     keys = list(dict.fromkeys(key for config in configs for key in config))
     for key in keys:
@@ -141,5 +172,8 @@ def _every(configs: Sequence[Mapping[str, Any]], path: str = "") -> Iterator[tup
         nested = [value for value in values if isinstance(value, Mapping)]
         if len(nested) == len(values):
             yield from _every(nested, f"{path}{key}.")
+        elif key in SIZES and all(isinstance(value, list) for value in values):
+            for stage, each in enumerate(zip(*values, strict=False)):
+                yield f"{path}{key}[{stage}]", each
         else:
             yield f"{path}{key}", values

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import Contradiction, InputError
-from ..spec import Refusal, Spec, name_regex
+from ..spec import Refusal, Spec, evaluate_size, lookup, name_regex
 from ..whole import spellings
 
 # Two towers' numbers of heads in one configuration: miniatures have both equal where they are equal, so that a proof
@@ -58,15 +58,36 @@ def check_agrees(spec: Spec, config: Mapping[str, Any], canonical: Mapping[str, 
             got=repr(kind),
             hint="correct config.json",
         )
+    _check_heads(canonical, where)
+    for paths in spec.evidence.get("alike", ()):
+        counts = {path: evaluate_size(path, canonical, where) for path in paths if _there(canonical, path)}
+        if len(set(counts.values())) > 1:
+            raise InputError(
+                "two towers have different numbers of heads, and the spec was proven where they have the same",
+                where=where,
+                expected=" = ".join(counts),
+                got=", ".join(map(str, counts.values())),
+            )
+
+
+def _there(config: Mapping[str, Any], path: str) -> bool:
+    """Whether the configuration has a field at all, or an entry of it."""
+    return lookup(config, path.partition("[")[0]) is not None
+
+
+def _check_heads(config: Mapping[str, Any], where: str, path: str = "") -> None:
     for one, other in _TWICE:
-        first, second = canonical.get(one), canonical.get(other)
+        first, second = config.get(one), config.get(other)
         if first is not None and second is not None and first != second:
             raise InputError(
                 "encoder and decoder have different numbers of heads: no spec is proven for that",
                 where=where,
-                expected=f"{one} = {other}",
+                expected=f"{path}{one} = {path}{other}",
                 got=f"{first} and {second}",
             )
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_heads(value, where, f"{path}{name}.")
 
 
 def spare_named_heads(spec: Spec, *configs: Mapping[str, Any]) -> Spec:
