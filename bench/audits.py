@@ -116,7 +116,7 @@ def settings(work: Path, zoo_path: Path | None) -> dict[str, Setting]:
     for name, family in (("text", "llama"), ("text2", "gpt2")):
         for protected, own in (("c", "python"), ("python", "js")):
             found[f"{name}-{protected}"] = texts(zoo_path, family, (protected, own))
-    found["images"] = images(zoo_path, ("fmnist", "mnist", "cyr"))
+    found["images"] = images(zoo_path, ("fmnist", "mnist", "cyr"), limit=500)
     return found
 
 
@@ -157,19 +157,20 @@ def texts(root: Path, family: str, tasks: Sequence[str]) -> Setting:
     )
 
 
-def images(root: Path, tasks: Sequence[str]) -> Setting:
-    """Image classifiers of the measuring zoo; the first task is the protected one's."""
+def images(root: Path, tasks: Sequence[str], limit: int | None = None) -> Setting:
+    """Image classifiers of the measuring zoo; the first task is the protected one's. limit: of test images."""
     fields = {
         task: {
             "kind": "image-classification", "data": str(root / "vit-test.npz"),
-            "images": f"{task}_images", "labels": f"{task}_labels", "mean": 0.5, "std": 0.5, "limit": 500,
+            "images": f"{task}_images", "labels": f"{task}_labels", "mean": 0.5, "std": 0.5,
             "train": {"data": str(root / "vit-train.npz"), "limit": 8000},
+            **({"limit": limit} if limit else {}),
         }
         for task in tasks
     }  # fmt: skip
     return Setting(
         root / f"vit-base-{tasks[0]}-head", {task: root / f"vit-{task}" for task in tasks}, fields,
-        "the first 500 test images a task",
+        f"the first {limit} test images a task" if limit else "all 1,000 test images a task",
     )  # fmt: skip
 
 
@@ -254,11 +255,11 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="document whose table of audits is written")
     args = parser.parse_args()
     known = settings(args.work, args.zoo)
-    chosen = [
+    chosen = dict.fromkeys(
         replace(case, levels=tuple(level for level in case.levels if level <= args.top))
         for case in cases(args.zoo)
         if case.name.startswith(tuple(args.only))
-    ]
+    )
     for case in () if args.tables else chosen:
         began = time.monotonic()
         folder = args.work / case.name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mode
 from typing import Any
 
 from audits_text import level_of, number, page, share, table
@@ -109,7 +110,20 @@ def summary(found: Found) -> str:
         for case, result in found.values()
         if result["left_out"]
     ]
-    return page("## What thieves get", table(header, lines), *parts)
+    return page("## What thieves get", table(header, lines), *parts, *_otherwise(found))
+
+
+def _otherwise(found: Found) -> Iterator[str]:
+    """Audits on more or fewer examples than most of their setting."""
+    counts: dict[str, dict[str, int]] = {}
+    for case, result in found.values():
+        task = next(one for one in result["tasks"].values() if one["role"] == "protected")
+        counts.setdefault(case.setting, {})[case.name] = task["validation"] + task["test"]
+    for each in counts.values():
+        usual = mode(each.values())
+        for name, count in each.items():
+            if count != usual:
+                yield f"`{name}` is of {count:,} examples a task, the others of its models are of {usual:,}."
 
 
 def readme(found: Found) -> str:
@@ -300,6 +314,10 @@ itself, accuracy or minus nats a token.
 
 `mergelock` acts on attention alone. What keeps a model's large entries (`tall_mask`, `projected`) takes the locked
 attention whole and merges the MLPs: such merges are why more of it is recovered off the shelf than of the others.
+
+An `exact` lock comes off whole for whoever aligns it. Of `images` level 1 is below 1.00 all the same: merges of the
+unprotected model that quantised it to four bits first did better on few examples, by chance, and a thief who has to
+align a locked model has not tried those.
 
 A budget flatters a lock: what it left out may be what gets through. Read the rows above that one cut short so.
 """
