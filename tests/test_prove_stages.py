@@ -195,3 +195,15 @@ def test_a_decoder_as_wide_as_its_encoder(shape: int, style: Style) -> None:
         if style.distinct_towers:
             small = shrink(copy.deepcopy(other), shape, style)
             assert small["decoder"]["d_model"] != small["encoder"]["hidden_size"]
+
+
+@pytest.mark.parametrize("shape", [0, 1])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("counts", [(8, 8), (8, 4), (4, 8), (12, 6)])
+def test_numbers_of_heads_that_differ_stay_apart(shape: int, style: Style, counts: tuple[int, int]) -> None:
+    """Else no trial could tell which of them a site of the decoder means."""
+    names = ("encoder_attention_heads", "decoder_attention_heads")
+    small = shrink({"d_model": 48, **dict(zip(names, counts, strict=True))}, shape, style)
+    first, second = (small[name] for name in names)
+    assert (first == second) == (counts[0] == counts[1])
+    assert small["d_model"] % first == small["d_model"] % second == 0

@@ -156,7 +156,8 @@ def _attention(node: Config, real: Config, by_role: dict[str, list[str]], state:
     head_dim = rotary.head_dim(_HEAD_DIMS[slot], real.get("rope_parameters"), shape)
     count = groups * repeat
     for name in heads:
-        node[name] = count if real[name] == n_query else state.choose("heads", real[name], (count, 2 * count))
+        # numbers that differ stay apart: a proof has to tell which of them a site means
+        node[name] = count if real[name] == n_query else 2 * count
     for name in by_role.get("kv_heads", []):
         node[name] = groups
     for name in by_role.get("head_dim", []):
