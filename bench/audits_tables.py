@@ -312,8 +312,9 @@ RECOVERED = """
 (*recovered*), with its 95 % interval; 0 is full protection, 1 is none. *alone*: score of the protected model by
 itself, accuracy or minus nats a token.
 
-`mergelock` acts on attention alone. What keeps a model's large entries (`tall_mask`, `projected`) takes the locked
-attention whole and merges the MLPs: such merges are why more of it is recovered off the shelf than of the others.
+`mergelock` acts on attention alone. What keeps a model's large entries (`tall_mask`, `projected`, `mergekit:sce`) takes
+the locked attention whole and merges the MLPs: such merges are why more of it is recovered off the shelf than of the
+others.
 
 An `exact` lock comes off whole for whoever aligns it. Of `images` level 1 is below 1.00 all the same: merges of the
 unprotected model that quantised it to four bits first did better on few examples, by chance, and a thief who has to
