@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import mode
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from audits_text import level_of, number, page, share, table
@@ -110,20 +109,7 @@ def summary(found: Found) -> str:
         for case, result in found.values()
         if result["left_out"]
     ]
-    return page("## What thieves get", table(header, lines), *parts, *_otherwise(found))
-
-
-def _otherwise(found: Found) -> Iterator[str]:
-    """Audits on more or fewer examples than most of their setting."""
-    counts: dict[str, dict[str, int]] = {}
-    for case, result in found.values():
-        task = next(one for one in result["tasks"].values() if one["role"] == "protected")
-        counts.setdefault(case.setting, {})[case.name] = task["validation"] + task["test"]
-    for each in counts.values():
-        usual = mode(each.values())
-        for name, count in each.items():
-            if count != usual:
-                yield f"`{name}` is of {count:,} examples a task, the others of its models are of {usual:,}."
+    return page("## What thieves get", table(header, lines), *parts)
 
 
 def readme(found: Found) -> str:

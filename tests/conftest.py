@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -68,3 +68,12 @@ def _children_are_forks() -> None:
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         child._alone = lambda: threading.active_count() <= 2
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[None]:
+    """As in an audit: one thread."""
+    from unmergeable.audit.work import one_thread
+
+    with one_thread():
+        yield

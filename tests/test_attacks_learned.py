@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import thief_cases
-from thief_cases import CLASSES, OWN, PROTECTED
+from thief_cases import CLASSES, OWN, PROTECTED, same
 from unmergeable.attacks import coefficients, repair
 from unmergeable.attacks.coefficients import Coefficients
 from unmergeable.attacks.merges import PROBE_MERGE
@@ -51,10 +51,6 @@ def equal(one: Any, two: Any) -> bool:
     assert one.private.keys() == two.private.keys()
     assert all(same(one.private[task], two.private[task]) for task in one.private)
     return same(one.shared, two.shared)
-
-
-def same(one: Any, two: Any) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def relabelled(thief: Thief) -> Thief:

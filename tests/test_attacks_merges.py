@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from merging_models import State, triple
+from thief_cases import same
 from unmergeable.attacks.merges import PARTNER, PROBE_MERGE, Coefficients, Method, off_the_shelf
 from unmergeable.attacks.thief import Subject, Thief, all_of
 from unmergeable.audit.work import one_thread
@@ -55,10 +56,6 @@ def thief(side: str, own: int, protected: str = "p", seed: int = 0) -> Thief:
         del experts[protected]
     tasks: Any = dict.fromkeys(names)  # merges ask for no more than their names
     return Thief(base, experts, protected, tasks, dict.fromkeys(names, torch.nn.Linear(1, 1)), head, seed)
-
-
-def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def near(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor], error: float = 1e-6) -> bool:

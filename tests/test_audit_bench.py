@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,14 @@ from unmergeable.attacks.prepare import COLLUDE, COLLUDE_ALIGNED
 from unmergeable.audit.bench import Bench, digest, halves
 from unmergeable.audit.jobs import Job
 from unmergeable.audit.known import prepare
-from unmergeable.audit.work import one_thread, run_job
+from unmergeable.audit.work import run_job
 from unmergeable.errors import InputError
 from unmergeable.merging import Merged
 from unmergeable.merging.tensors import load_state
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("single")]
 PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
 HEAD = {"classifier.weight", "classifier.bias"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single() -> Iterator[None]:
-    """As in an audit: one thread."""
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

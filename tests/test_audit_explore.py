@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,20 +21,13 @@ from unmergeable.audit.known import prepare
 from unmergeable.audit.rows import Row
 from unmergeable.audit.scores import Reference
 from unmergeable.audit.suite import merge_attack
-from unmergeable.audit.work import one_thread, run_job
+from unmergeable.audit.work import run_job
 from unmergeable.merging import check
 from unmergeable.merging.check import Facts
 from unmergeable.merging.grids import FULL_DOSE_GRID
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("single")]
 PROTECTED = thief_cases.PROTECTED
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single() -> Iterator[None]:
-    """As in an audit: one thread."""
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from audit_cases import config, configuration, equal, zoo
-from thief_cases import Doses
+from thief_cases import Doses, Weak
+from unmergeable.attacks import proof
 from unmergeable.audit import work
 from unmergeable.audit.bench import Bench
 from unmergeable.audit.explore import explore
@@ -20,17 +21,10 @@ from unmergeable.audit.jobs import PROOF, Job, Start
 from unmergeable.audit.known import prepare
 from unmergeable.audit.rows import Row
 from unmergeable.audit.scores import Reference
-from unmergeable.audit.work import one_thread, run_job
+from unmergeable.audit.work import run_job
 from unmergeable.errors import InputError, RunError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single() -> Iterator[None]:
-    """As in an audit: one thread."""
-    with one_thread():
-        yield
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("single")]
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +171,6 @@ def test_a_known_case_that_goes_wrong_is_a_row(
 def test_an_alignment_that_aligns_nothing_is_found_out(
     bench: Bench, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unmergeable.attacks import Outcome, proof
-
-    class Weak:
-        @staticmethod
-        def run(case: Any, **options: Any) -> Outcome:
-            return Outcome()
-
     monkeypatch.setattr(proof, "attack_named", lambda name: Weak)
     row = run_job(bench, reference, Job(PROOF, "plain", "anchor-coupled"))
     assert row.state == "unreliable"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,13 @@ import pytest
 import torch
 
 import thief_cases
-from audit_cases import configuration, zoo
+from audit_cases import config, configuration, zoo
 from unmergeable.audit.bench import Bench
-from unmergeable.audit.config import Config, make_config
 from unmergeable.audit.known import _notes, prepare
-from unmergeable.audit.work import one_thread
 from unmergeable.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("single")]
 PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
-
-
-def config(fields: dict[str, Any]) -> Config:
-    return make_config(fields, Path(), Path("audit.yaml"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single() -> Iterator[None]:
-    """As in an audit: one thread."""
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

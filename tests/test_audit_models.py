@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,11 @@ from audit_cases import config, configuration, once, zoo
 from merging_models import nudged, transformer
 from unmergeable.audit import bench as bench_module
 from unmergeable.audit.bench import Bench, estimate, pick_device, pick_workers
-from unmergeable.audit.work import one_thread
 from unmergeable.errors import InputError, RunError
 from unmergeable.merging.tensors import load_state
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("single")]
 OWN = thief_cases.OWN
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single() -> Iterator[None]:
-    """As in an audit: one thread."""
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

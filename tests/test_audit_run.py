@@ -25,7 +25,7 @@ from audit_cases import (
     shared_configuration,
     zoo,
 )
-from unmergeable.attacks import Outcome, proof
+from unmergeable.attacks import proof
 from unmergeable.audit import run as run_module
 from unmergeable.audit import work
 from unmergeable.audit.jobs import Job
@@ -191,12 +191,7 @@ def test_refused_and_unreliable_rows_are_in_the_results(models: Path, tmp_path: 
 def test_an_alignment_that_undoes_no_known_lock_proves_nothing(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Weak:
-        @staticmethod
-        def run(case: Any, **options: Any) -> Outcome:
-            return Outcome()
-
-    monkeypatch.setattr(proof, "attack_named", lambda name: Weak)
+    monkeypatch.setattr(proof, "attack_named", lambda name: thief_cases.Weak)
     result = audit(configuration(models, attacks=SMALL), tmp_path / "out", require={1: 0.0})
     rows = {(row.attack, row.side): row for row in result.rows}
     assert rows["anchor-coupled > proof", "plain"].state == "unreliable"

@@ -146,24 +146,14 @@ def translations() -> tuple[Any, Inputs]:
     return transformers.MarianMTModel(config), inputs
 
 
+SLOW = (captions, patches, films, masked_films, questions, pages, translations, regions, documents)
+
+
 @pytest.mark.parametrize(
     "made",
     [
         sounds,
-        *(
-            pytest.param(one, marks=pytest.mark.slow)
-            for one in (
-                captions,
-                patches,
-                films,
-                masked_films,
-                questions,
-                pages,
-                translations,
-                regions,
-                documents,
-            )
-        ),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW),
     ],
 )
 def test_locked_and_undone(made: Callable[[], tuple[Any, Inputs]], tmp_path: Path) -> None:
@@ -196,18 +186,7 @@ def outputs(path: Path, inputs: Inputs) -> list[torch.Tensor]:
 
 
 def test_inputs_are_those_that_a_class_takes() -> None:
-    for made in (
-        captions,
-        patches,
-        sounds,
-        films,
-        masked_films,
-        questions,
-        pages,
-        translations,
-        regions,
-        documents,
-    ):
+    for made in (sounds, *SLOW):
         module, inputs = made()
         sets = make_inputs(module, module.config.to_dict())
         assert sets

@@ -17,6 +17,7 @@ import torch
 
 import toy
 import unmergeable as um
+from unmergeable.attacks import Outcome
 from unmergeable.attacks.thief import Look, MergeAttack, Thief, detached
 from unmergeable.audit.bench import Bench
 from unmergeable.audit.config import make_config
@@ -281,3 +282,11 @@ def distance(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -
 def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
     """Whether tensors are the same, bit for bit."""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+class Weak:
+    """An alignment that aligns nothing."""
+
+    @staticmethod
+    def run(case: Any, **options: Any) -> Outcome:
+        return Outcome()

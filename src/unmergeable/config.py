@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from unmergeable.fields import (
     ROTARY_KINDS,
     SIZES,
     by_stage,
+    proportions,
 )
 
 Config = dict[str, Any]
@@ -141,8 +141,8 @@ def structure(config: Mapping[str, Any]) -> Config:
     if given:
         result[SIZES_GIVEN] = given
     widths = [value for name, value in config.items() if SIZES.get(name) == "width" and value is not None]
-    if isinstance(config.get("encoder"), Mapping) and isinstance(config.get("decoder"), Mapping):
-        result[COUPLED] = width(config["encoder"]) == width(config["decoder"])
+    if (alike := coupled(config)) is not None:
+        result[COUPLED] = alike
     staged = any(SIZES.get(n) == "heads" and by_stage(v) for n, v in config.items())
     for name, value in config.items():
         if name == CLASS or name in INERT or value == {}:
@@ -171,6 +171,14 @@ def structure(config: Mapping[str, Any]) -> Config:
     return result
 
 
+def coupled(config: Mapping[str, Any]) -> bool | None:
+    """Whether an encoder and a decoder in a configuration are as wide as each other; None where there are no two."""
+    encoder, decoder = config.get("encoder"), config.get("decoder")
+    if not isinstance(encoder, Mapping) or not isinstance(decoder, Mapping):
+        return None
+    return width(encoder) == width(decoder)
+
+
 def width(config: Mapping[str, Any]) -> int | None:
     """The residual width that other models see; of stages, the last one's."""
     found = next((config[name] for name in ("hidden_size", "d_model", "n_embd") if config.get(name)), None)
@@ -190,9 +198,7 @@ def lookup(config: Mapping[str, Any], name: str) -> Any:
 
 def _stages(name: str, value: list[int]) -> Any:
     """Of which of two stages with as many heads a proof means the number, it cannot tell."""
-    return (
-        [count // math.gcd(*value) for count in value] if SIZES[name] == "heads" else f"{len(value)} stages"
-    )
+    return proportions(value) if SIZES[name] == "heads" else f"{len(value)} stages"
 
 
 def _is_json(value: Any) -> bool:

@@ -13,6 +13,8 @@ A field is in one of three classes, by its exact name:
 
 from __future__ import annotations
 
+import math
+
 
 def _names(*blocks: str) -> frozenset[str]:
     return frozenset(name for block in blocks for name in block.split())
@@ -180,3 +182,8 @@ ROTARY_KINDS = frozenset(["default", "linear", "dynamic", "yarn", "longrope", "l
 def by_stage(value: object) -> bool:
     """Whether a size has an entry for every stage of a model."""
     return isinstance(value, list) and len(value) > 1 and all(type(one) is int and one > 0 for one in value)
+
+
+def proportions(counts: list[int]) -> list[int]:
+    """Numbers of heads by stage over what divides them all."""
+    return [count // math.gcd(*counts) for count in counts]

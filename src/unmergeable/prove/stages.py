@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from math import gcd
 from typing import Any
 
-from unmergeable.fields import SIZES, by_stage
+from unmergeable.fields import SIZES, by_stage, proportions
 
 Config = dict[str, Any]
 
@@ -28,20 +27,18 @@ def shrink(node: Config, real: Mapping[str, Any], shape: int) -> bool:
     if not heads:
         return False
     for name in heads:
-        least = gcd(*real[name])
-        node[name] = [_TIMES[shape] * count // least for count in real[name]]
+        node[name] = [_TIMES[shape] * count for count in proportions(real[name])]
     counts = node[heads[0]]
     lists = [name for name, role in _lists(real) if role == "width"]
     for name in lists:
         node[name] = [count * _HEAD_DIM[shape] for count in counts]
     if not lists:
         # One width, the first stage's, which every further one doubles; the last one's may be written beside it.
-        widths = {name: real[name] for name in real if SIZES.get(name) == "width" and type(real[name]) is int}
+        widths = _numbers(real, "width")
         for name, width in widths.items():
             node[name] = counts[0] * _HEAD_DIM[shape] * (width // min(widths.values()))
-    for name, value in real.items():
-        if SIZES.get(name) == "window" and isinstance(value, int):
-            node[name] = min(value, _WINDOW)  # of a small image too there is more than one
+    for name, value in _numbers(real, "window").items():
+        node[name] = min(value, _WINDOW)  # of a small image too there is more than one
     return True
 
 
@@ -52,10 +49,8 @@ def side(config: Mapping[str, Any]) -> int:
 
 def patches(node: Mapping[str, Any], otherwise: int) -> int:
     """How many patches a small image has on a side: the last stage, which halved them again and again, has a window."""
-    stages = [len(value) for name, value in node.items() if SIZES.get(name) == "heads" and by_stage(value)]
-    windows = [
-        value for name, value in node.items() if SIZES.get(name) == "window" and isinstance(value, int)
-    ]
+    stages = [len(node[name]) for name, role in _lists(node) if role == "heads"]
+    windows = _numbers(node, "window").values()
     return max(windows) * 2 ** (stages[0] - 1) if stages and windows else otherwise
 
 
@@ -64,6 +59,11 @@ def _lists(real: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for name, value in real.items():
         if name in SIZES and by_stage(value):
             yield name, SIZES[name]
+
+
+def _numbers(config: Mapping[str, Any], role: str) -> dict[str, int]:
+    """Fields of one role that give one number for all stages."""
+    return {name: value for name, value in config.items() if SIZES.get(name) == role and type(value) is int}
 
 
 def staged(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
@@ -80,8 +80,8 @@ def staged(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> set[s
             found.setdefault(kind, {}).setdefault(stage, []).append(tuple(shapes[name]))
     return {
         stack
-        for (stack, *_), by_stage in found.items()
-        if any(len(each) > 1 for each in by_stage.values())
-        and all(len(set(each)) == 1 for each in by_stage.values())
-        and len({each[0] for each in by_stage.values()}) > 1
+        for (stack, *_), each_stage in found.items()
+        if any(len(each) > 1 for each in each_stage.values())
+        and all(len(set(each)) == 1 for each in each_stage.values())
+        and len({each[0] for each in each_stage.values()}) > 1
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unmergeable.config import width
+from unmergeable.config import coupled, width
 from unmergeable.fields import SIZES
 
 Config = dict[str, Any]
@@ -18,13 +18,12 @@ def alike(config: Mapping[str, Any]) -> tuple[str, ...]:
 
     Classes put a projection between the two only if they are not.
     """
-    encoder, decoder = config.get("encoder"), config.get("decoder")
-    if not isinstance(encoder, Mapping) or not isinstance(decoder, Mapping):
+    wide = width(config["encoder"]) if coupled(config) else None
+    if wide is None:
         return ()
-    wide = width(encoder)
-    if wide is None or wide != width(decoder):
-        return ()
-    return tuple(name for name, value in decoder.items() if SIZES.get(name) in _WIDE and value == wide)
+    return tuple(
+        name for name, value in config["decoder"].items() if SIZES.get(name) in _WIDE and value == wide
+    )
 
 
 def couple(node: Config, fields: tuple[str, ...]) -> None:
