@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from unmergeable.config import CLASS, canonical_config, class_defaults, structure
+from unmergeable.config import CLASS, canonical_config, class_defaults, for_class, structure
 from unmergeable.errors import InputError, RunError
 from unmergeable.fields import DERIVED, INERT, PER_LAYER, SIZES
 from unmergeable.prove.child import in_child
@@ -267,6 +267,19 @@ def test_structure_keeps_what_can_matter(change, same):
     defaults = class_defaults(importlib.import_module("transformers").LlamaConfig)
     mine, other = (structure(canonical_config(config, defaults)) for config in (LLAMA, LLAMA | change))
     assert (mine == other) is same
+
+
+def test_numbers_that_json_has_not():
+    given = {
+        "limits": [0.0, {"__float__": "Infinity"}],
+        "a": {"b": {"__float__": "NaN"}},
+        "c": {"__float__": "x"},
+    }
+    found = for_class(given)
+    assert found["limits"] == [0.0, float("inf")]
+    assert found["a"]["b"] != found["a"]["b"]
+    assert found["c"] == given["c"]
+    assert given["limits"][1] == {"__float__": "Infinity"}
 
 
 def test_layer_lists_count_as_the_kinds_that_occur():

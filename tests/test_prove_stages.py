@@ -207,3 +207,40 @@ def test_numbers_of_heads_that_differ_stay_apart(shape: int, style: Style, count
     first, second = (small[name] for name in names)
     assert (first == second) == (counts[0] == counts[1])
     assert small["d_model"] % first == small["d_model"] % second == 0
+
+
+# --- heads in pairs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [0, 1])
+@pytest.mark.parametrize("groups", [1, 8, 32])
+def test_heads_in_pairs_where_a_class_splits_them(shape: int, groups: int) -> None:
+    config = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": groups}
+    strict = [shrink(dict(config), shape, style) for style in STYLES if not style.any_heads]
+    assert strict
+    for small in strict:
+        heads, kv = small["num_attention_heads"], small["num_key_value_heads"]
+        assert heads % kv == 0
+        assert (kv == 1) == (groups == 1)
+        assert (kv == heads) == (groups == 32)
+        if groups > 1:
+            assert heads % 4 == kv % 2 == 0
+        assert small["hidden_size"] % heads == 0
+    others = [shrink(dict(config), 1 - shape, style)["num_attention_heads"] for style in STYLES]
+    assert strict[0]["num_attention_heads"] not in others[-1:]
+
+
+@pytest.mark.parametrize("shape", [0, 1])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_heads_of_state_spaces_make_up_their_width(shape: int, groups: int) -> None:
+    config = {
+        "hidden_size": 4096, "num_attention_heads": 32, "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_expand": 2,
+        "mamba_n_groups": groups,
+    }  # fmt: skip
+    for style in STYLES:
+        small = shrink(dict(config), shape, style)
+        assert small["mamba_n_heads"] * small["mamba_d_head"] == 2 * small["hidden_size"]
+        assert small["mamba_n_heads"] % groups == 0
+        left = shrink({**config, "mamba_d_head": "auto"}, shape, style)
+        assert left["mamba_d_head"] == "auto"
+        assert 2 * left["hidden_size"] % left["mamba_n_heads"] == 0

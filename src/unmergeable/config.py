@@ -42,7 +42,22 @@ _BY_STAGE = ("heads", "width")
 
 _ROTARY = "rope_parameters"
 _PROBE = 0.4375
+#: How transformers writes them to `config.json`: {"__float__": "Infinity"}.
+_TAG, _TAGGED = "__float__", ("Infinity", "-Infinity", "NaN")
 _LEGACY_FRACTIONS = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rope_percent", "rotary_percentage")
+
+
+def for_class(config: Mapping[str, Any]) -> Config:
+    """A copy for a configuration class's `from_dict`: numbers that JSON has not, which files tag, are numbers."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if value.keys() == {_TAG} and value[_TAG] in _TAGGED:
+                return float(value[_TAG])
+            return {name: read(one) for name, one in value.items()}
+        return [read(one) for one in value] if isinstance(value, list) else value
+
+    return {name: read(value) for name, value in config.items()}
 
 
 def class_defaults(config_class: Any) -> Config:

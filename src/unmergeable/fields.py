@@ -48,6 +48,8 @@ _ROLES = {
     "rope_dim": "qk_rope_head_dim rotary_dim",
     "value_dim": "v_head_dim",
     "qk_dim": "qk_head_dim",
+    "mamba_heads": "mamba_n_heads",
+    "mamba_head_dim": "mamba_d_head",
     "rank": "kv_lora_rank q_lora_rank",
     "layers": """
         num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
@@ -97,7 +99,7 @@ PER_LAYER = _names(
 )
 
 #: Lists of layer numbers: what counts is whether there are any.
-LAYER_INDICES = _names("mlp_only_layers moe_layers dense_layers global_attn_layers")
+LAYER_INDICES = _names("mlp_only_layers moe_layers dense_layers global_attn_layers attn_layer_indices")
 
 #: Structure that repeats over layers: a miniature needs this many layers to have one of every kind.
 PERIODS = _names(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .certificate import Check
 from .checkpoint import is_float
+from .config import for_class
 from .errors import RunError, UsageError
 from .plan import Member, Opened
 from .stock import model_class, quiet
@@ -187,7 +188,7 @@ def _load(root: Path, source: Member, kind: str, attention: str) -> Any:
     import transformers
 
     given = source.source.config or {}
-    config = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(dict(given))
+    config = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(for_class(given))
     options = {
         "config": config,
         "dtype": getattr(torch, DTYPES[kind]),

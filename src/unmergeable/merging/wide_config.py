@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ..config import CLASS
+from ..config import CLASS, for_class
 from ..errors import InputError
 from ..fields import SIZES
 from ..match import Match
@@ -175,7 +175,7 @@ def _built(host: nn.Module, config: Mapping[str, Any]) -> Shapes | None:
     known: Any = host.config
     try:
         with quiet(), torch.device("meta"):
-            module = kind._from_config(type(known).from_dict(copy.deepcopy(dict(config))))
+            module = kind._from_config(type(known).from_dict(for_class(config)))
     except Exception:  # a class may refuse any numbers in any way
         return None
     return {name: tuple(tensor.shape) for name, tensor in module_state(module).items()}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from unmergeable.config import canonical_config, class_defaults
+from unmergeable.config import canonical_config, class_defaults, for_class
 from unmergeable.errors import InputError, RunError
 from unmergeable.fields import DERIVED, PER_LAYER
 from unmergeable.prove.child import is_fp64
@@ -203,7 +203,9 @@ def build_miniature(
     tried: list[Config] = []
     if derived:
         real = without_derived(real, defaults)
-    for style in STYLES[2:] if derived else STYLES:
+    for style in STYLES:
+        if derived and style.free_width:
+            continue
         small = shrink(real, shape, style)
         if small in tried:
             continue
@@ -278,7 +280,7 @@ def _real_config(cls: Any, config: Mapping[str, Any]) -> tuple[Config, Config]:
     defaults = class_defaults(config_class)
     real = canonical_config(own, defaults)
     try:
-        derived = config_class.from_dict(copy.deepcopy(own)).to_dict()
+        derived = config_class.from_dict(for_class(own)).to_dict()
     except Exception as error:
         raise InputError(
             "its own class rejects the configuration", where="config.json", got=f"{error}"[:500]
@@ -296,7 +298,7 @@ def _add_lists(real: Config, derived: Mapping[str, Any]) -> None:
 
 
 def _instantiate(cls: Any, small: Config, attention: str) -> Any:
-    config = cls.config_class.from_dict(copy.deepcopy(small))
+    config = cls.config_class.from_dict(for_class(small))
     for name in ("pad_token_id",):
         # heads that pool at the last real token refuse a batch without it
         if getattr(config, name, 0) is None:

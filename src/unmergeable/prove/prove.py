@@ -8,7 +8,6 @@ the code; code that comes with a checkpoint is never run.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import sys
@@ -129,13 +128,13 @@ def _spellings(
     These are: as the class itself would write it, and that without the lists of layer kinds, which older files
     lack. The class is asked whether it reads them alike.
     """
-    from ..config import canonical_config, structure
+    from ..config import canonical_config, for_class, structure
     from ..fields import PER_LAYER
 
     config_class = type(model).config_class
 
     def read(fields: Mapping[str, Any]) -> dict[str, Any]:
-        plain = config_class.from_dict(copy.deepcopy(dict(fields))).to_dict()
+        plain = config_class.from_dict(for_class(fields)).to_dict()
         return dict(json.loads(json.dumps(plain, default=str)))
 
     written = read(config)

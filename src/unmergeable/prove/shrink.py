@@ -44,13 +44,18 @@ class Style:
     Args:
         free_width: choose the residual width apart from heads times head size where `head_dim` is a field.
         distinct_towers: give towers of equal real width different widths.
+        any_heads: heads of any number; else four or eight, grouped in pairs, as classes want them that split heads.
     """
 
     free_width: bool = True
     distinct_towers: bool = True
+    any_heads: bool = True
 
 
-STYLES = (Style(), Style(True, False), Style(False, True), Style(False, False))
+STYLES = (
+    Style(), Style(True, False), Style(False, True), Style(False, False),
+    Style(any_heads=False), Style(False, False, any_heads=False),
+)  # fmt: skip
 
 
 @dataclass
@@ -101,6 +106,7 @@ def _node(node: Config, state: _State) -> Config:
         for name in names:
             node[name] = _size(role, name, real[name], node, real, state)
     _experts(node, real, by_role, state)
+    _mamba(node, by_role)
     if not stages.shrink(node, real, state.shape):
         _layers(node, real, by_role, state)
     _image(node, real, state)
@@ -153,6 +159,8 @@ def _attention(node: Config, real: Config, by_role: dict[str, list[str]], state:
         groups, repeat = ((2, 3), (3, 2))[shape] if tower % 2 == 0 else ((2, 2), (2, 3))[shape]
     else:
         groups, repeat = _GROUPS[slot][shape], 1
+    if not state.style.any_heads and n_kv > 1:
+        groups, repeat = ((2, 2), (4, 2))[shape] if n_kv < n_query else ((4, 1), (8, 1))[shape]
     head_dim = rotary.head_dim(_HEAD_DIMS[slot], real.get("rope_parameters"), shape)
     count = groups * repeat
     for name in heads:
@@ -261,6 +269,21 @@ def _experts(node: Config, real: Config, by_role: dict[str, list[str]], state: _
     each = 2 + state.shape if routed_groups > 1 else top_k + 2 + 2 * state.shape
     for name in names:
         node[name] = routed_groups * each if real[name] > 1 else real[name]
+
+
+def _mamba(node: Config, by_role: dict[str, list[str]]) -> None:
+    """Heads of a state space model make up a multiple of the residual width, in groups."""
+    heads, sizes = by_role.get("mamba_heads"), by_role.get("mamba_head_dim", [])
+    given = [node.get(name) for name in ("hidden_size", "mamba_expand", "mamba_n_groups")]
+    numbers = [one for one in given if isinstance(one, int)]
+    if not heads or len(numbers) < len(given):
+        return
+    width, expand, groups = numbers
+    inner = expand * width
+    count = next((groups * k for k in (4, 3, 2) if inner % (groups * k) == 0), groups)
+    node[heads[0]] = count
+    for name in sizes:
+        node[name] = inner // count
 
 
 # ---- layers: at least one of each kind, at least two of all
