@@ -1,0 +1,205 @@
+"""Models of images and text: the language model is locked, whatever it is given to read; the rest stays as it is."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import toy
+import unmergeable as um
+from unmergeable.stock import load_module
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+Inputs = dict[str, torch.Tensor]
+
+IMAGE = 90  # the token in whose place a part of an image stands
+TEXT = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WIDE = {**TEXT, "head_dim": 16}
+EYES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24,
+    "patch_size": 8,
+}  # fmt: skip
+TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+}
+PATCHES = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 4, "depth": 2}
+
+
+def sections(*sizes: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "mrope_section": list(sizes), "rope_theta": 10000.0}}
+
+
+def picture(size: int, tokens: int) -> Inputs:
+    """An image, and text with so many of its parts in it."""
+    random = torch.Generator().manual_seed(3)
+    return {"pixel_values": torch.randn(1, 3, size, size, generator=random), **text(tokens)}
+
+
+def text(tokens: int = 0) -> Inputs:
+    ids = torch.randint(5, IMAGE, (1, 30), generator=torch.Generator().manual_seed(1))
+    ids[0, 3 : 3 + tokens] = IMAGE
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def rows() -> Inputs:
+    """Four by four patches, of which two by two become a token."""
+    grid = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    kinds = {"mm_token_type_ids": (text(4)["input_ids"] == IMAGE).long()}
+    return {
+        "pixel_values": torch.randn(16, 96, generator=torch.Generator().manual_seed(3)),
+        **grid,
+        **kinds,
+        **text(4),
+    }
+
+
+def llava() -> tuple[Any, Inputs]:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**EYES), text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config), picture(24, 9)
+
+
+def llava_next() -> tuple[Any, Inputs]:
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**EYES), text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE, image_grid_pinpoints=[[24, 48]],
+    )  # fmt: skip
+    return transformers.LlavaNextForConditionalGeneration(config), text()
+
+
+def llava_onevision() -> tuple[Any, Inputs]:
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**EYES), text_config=transformers.Qwen2Config(**TEXT),
+        image_token_index=IMAGE, image_grid_pinpoints=[[24, 48]],
+    )  # fmt: skip
+    return transformers.LlavaOnevisionForConditionalGeneration(config), text()
+
+
+def paligemma() -> tuple[Any, Inputs]:
+    config = transformers.PaliGemmaConfig(
+        vision_config=transformers.SiglipVisionConfig(**EYES).to_dict(),
+        text_config=transformers.GemmaConfig(**WIDE).to_dict(), image_token_index=IMAGE, projection_dim=64,
+    )  # fmt: skip
+    inputs = picture(24, 9)
+    return transformers.PaliGemmaForConditionalGeneration(config), inputs
+
+
+def gemma3() -> tuple[Any, Inputs]:
+    config = transformers.Gemma3Config(
+        vision_config=transformers.SiglipVisionConfig(**{**EYES, "image_size": 32}).to_dict(),
+        text_config=transformers.Gemma3TextConfig(**WIDE, sliding_window=8).to_dict(), image_token_index=IMAGE,
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config), picture(32, 4)
+
+
+def internvl() -> tuple[Any, Inputs]:
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**{**EYES, "image_size": [32, 32]}).to_dict(),
+        text_config=transformers.Qwen2Config(**TEXT).to_dict(), image_token_id=IMAGE, downsample_ratio=0.5,
+    )  # fmt: skip
+    return transformers.InternVLForConditionalGeneration(config), picture(32, 4)
+
+
+def mistral3() -> tuple[Any, Inputs]:
+    config = transformers.Mistral3Config(
+        vision_config=transformers.PixtralVisionConfig(**EYES).to_dict(),
+        text_config=transformers.MistralConfig(**TEXT).to_dict(), image_token_index=IMAGE, spatial_merge_size=1,
+    )  # fmt: skip
+    return transformers.Mistral3ForConditionalGeneration(config), text()
+
+
+def idefics3() -> tuple[Any, Inputs]:
+    config = transformers.Idefics3Config(
+        vision_config={**EYES, "image_size": 32}, text_config=transformers.LlamaConfig(**TEXT).to_dict(),
+        image_token_id=IMAGE, scale_factor=2,
+    )  # fmt: skip
+    return transformers.Idefics3ForConditionalGeneration(config), text()
+
+
+def qwen2_vl() -> tuple[Any, Inputs]:
+    eyes = {**PATCHES, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    config = transformers.Qwen2VLConfig(
+        text_config={**TEXT, **sections(2, 3, 3)}, vision_config=eyes, **TOKENS
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config), rows()
+
+
+def qwen2_5_vl() -> tuple[Any, Inputs]:
+    eyes = {
+        **PATCHES, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, **sections(2, 3, 3)}, vision_config=eyes, **TOKENS
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), rows()
+
+
+def qwen3_vl() -> tuple[Any, Inputs]:
+    eyes = {
+        **PATCHES, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = transformers.Qwen3VLConfig(
+        text_config={**WIDE, **sections(3, 3, 2)}, vision_config=eyes, **TOKENS
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config), rows()
+
+
+MADE = (
+    llava, llava_next, llava_onevision, paligemma, gemma3, internvl, mistral3, idefics3, qwen2_vl, qwen2_5_vl, qwen3_vl,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.getbasetemp() / "vision-language"))
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_the_language_model_is_locked(made: Callable[[], tuple[Any, Inputs]], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, inputs = made()
+    with torch.no_grad():
+        for one in (one for one in module.parameters() if one.requires_grad):
+            one.add_((0.3 if one.ndim < 2 else 0.12) * torch.randn(one.shape))
+    module.save_pretrained(tmp_path / "model")
+    expected = logits(tmp_path / "model", inputs)
+    for method, bound in (("exact", 1e-11), ("gauge", 2e-5)):
+        report = um.lock(tmp_path / "model", tmp_path / method, key=toy.key(), method=method)
+        assert {"qk", "vo", "mlp", "heads"} <= {site.kind for site in report.sites if site.acted}
+        assert float((logits(tmp_path / method, inputs) - expected).abs().max() / expected.std()) < bound, (
+            method
+        )
+    um.unlock(tmp_path / "exact", tmp_path / "back", key=toy.key())
+    assert filecmp.cmp(
+        tmp_path / "model" / "model.safetensors", tmp_path / "back" / "model.safetensors", shallow=False
+    )
+
+
+def logits(path: Path, inputs: Inputs) -> torch.Tensor:
+    module = load_module(path).double()
+    given = {name: one.double() if one.is_floating_point() else one for name, one in inputs.items()}
+    with torch.no_grad():
+        found: torch.Tensor = module(**given).logits
+    assert bool(torch.isfinite(found).all())
+    if "pixel_values" in given:  # the image is seen
+        given["pixel_values"] = -given["pixel_values"]
+        with torch.no_grad():
+            assert not torch.allclose(module(**given).logits, found)
+    return found
