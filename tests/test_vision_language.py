@@ -1,4 +1,4 @@
-"""Models of images and text: the language model is locked, whatever it is given to read; the rest stays as it is."""
+"""Models of images, sound and text: the language model is locked, whatever it reads; the rest stays as it is."""
 
 from __future__ import annotations
 
@@ -161,8 +161,32 @@ def qwen3_vl() -> tuple[Any, Inputs]:
     return transformers.Qwen3VLForConditionalGeneration(config), rows()
 
 
+def voxtral() -> tuple[Any, Inputs]:
+    ears = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
+        "num_mel_bins": 16, "max_source_positions": 32,
+    }  # fmt: skip
+    config = transformers.VoxtralConfig(
+        audio_config=ears, text_config=transformers.LlamaConfig(**TEXT).to_dict(), audio_token_id=IMAGE
+    )
+    sound = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(3))
+    return transformers.VoxtralForConditionalGeneration(config), {"input_features": sound, **text(8)}
+
+
+def qwen2_audio() -> tuple[Any, Inputs]:
+    ears = {
+        "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 16,
+        "max_source_positions": 32,
+    }  # fmt: skip
+    config = transformers.Qwen2AudioConfig(
+        audio_config=ears, text_config=transformers.Qwen2Config(**TEXT).to_dict(), audio_token_index=IMAGE
+    )
+    return transformers.Qwen2AudioForConditionalGeneration(config), text()
+
+
 MADE = (
-    llava, llava_next, llava_onevision, paligemma, gemma3, internvl, mistral3, idefics3, qwen2_vl, qwen2_5_vl, qwen3_vl,
+    voxtral, qwen2_audio, llava, llava_next, llava_onevision, paligemma, gemma3, internvl, mistral3, idefics3, qwen2_vl,
+    qwen2_5_vl, qwen3_vl,
 )  # fmt: skip
 
 
@@ -198,8 +222,8 @@ def logits(path: Path, inputs: Inputs) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = module(**given).logits
     assert bool(torch.isfinite(found).all())
-    if "pixel_values" in given:  # the image is seen
-        given["pixel_values"] = -given["pixel_values"]
+    for name in given.keys() & {"pixel_values", "input_features"}:  # they are seen, or heard
+        given[name] = -given[name]
         with torch.no_grad():
             assert not torch.allclose(module(**given).logits, found)
     return found

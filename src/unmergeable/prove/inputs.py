@@ -67,12 +67,12 @@ def make_inputs(model: Any, config: Mapping[str, Any]) -> list[InputSet]:
             if "decoder_input_ids" in names:
                 for seed, entry in enumerate(sets):
                     entry.arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
-        if "input_ids" not in names or _is_two_tower(config):
+        if "input_ids" not in names or not _stand_in(config, "image"):
             for index, entry in enumerate(sets):
                 arguments, masks = _images(config, names, index)
                 entry.arguments.update(arguments)
                 entry.masks.update(masks)
-    if "input_features" in names:
+    if "input_features" in names and not (sets and _stand_in(config, "audio")):
         sets = []
         for seed in (0, 1):
             arguments = _features(config, seed)
@@ -171,9 +171,9 @@ def _with_text(
     return InputSet(label, arguments, masks)
 
 
-def _is_two_tower(config: Mapping[str, Any]) -> bool:
-    """Whether text and images have separate towers: no token of the text stands for an image."""
-    return all(lookup(config, name) is None for name in ("image_token_id", "image_token_index"))
+def _stand_in(config: Mapping[str, Any], kind: str) -> bool:
+    """Whether a token of the text stands for an image, or for sound: then text alone is an input, too."""
+    return any(lookup(config, f"{kind}_token_{name}") is not None for name in ("id", "index"))
 
 
 def _pair(value: Any, default: int) -> tuple[int, int]:
