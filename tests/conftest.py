@@ -6,11 +6,16 @@ import os
 import random
 import threading
 from collections.abc import Generator, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from unmergeable.prove import child
+
+if TYPE_CHECKING:
+    from unmergeable.audit.jobs import Job
+    from unmergeable.audit.results import AuditResult
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,6 +73,30 @@ def _children_are_forks() -> None:
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         child._alone = lambda: threading.active_count() <= 2
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny zoo, and its protected model locked twice, for tests of audits and of hardening."""
+    from audit_cases import zoo
+
+    return zoo(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditResult]:
+    """The audit of an exact lock that several files look at, and its folder."""
+    from audit_cases import audited
+
+    return audited(tmp_path_factory)
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that an audit really runs."""
+    from audit_cases import counted
+
+    return counted(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import thief_cases
-from audit_cases import QUICK, SMALL, audit, configuration, counted, figures, zoo
+from audit_cases import QUICK, SMALL, audit, configuration, figures
 from audit_form import FORM, complaints
 from unmergeable.audit import run as run_module
 from unmergeable.audit import work
@@ -22,20 +22,9 @@ PROTECTED = thief_cases.PROTECTED
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> AuditResult:
     """An audit of a few rows, to be found again in other ways."""
     return audit(configuration(models, attacks=SMALL), tmp_path_factory.mktemp("small") / "out")
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """The jobs that are really run."""
-    return counted(monkeypatch)
 
 
 def test_an_audit_that_was_stopped_goes_on(

@@ -11,16 +11,11 @@ import pytest
 import yaml
 
 import thief_cases
-from audit_cases import audited, shared_configuration, zoo
+from audit_cases import shared_configuration, zoo
 from unmergeable import _completion, _parser, cli
 from unmergeable.audit.results import AuditResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditResult]:
-    return audited(tmp_path_factory)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import yaml
 
 import thief_cases
 import unmergeable as um
-from audit_cases import ATTACKS, QUICK, audit, audited, configuration, zoo
+from audit_cases import ATTACKS, QUICK, audit, configuration
 from audit_form import FORM, complaints
 from unmergeable.attacks.prepare import COLLUDE
 from unmergeable.audit.jobs import PROOF
@@ -23,17 +23,6 @@ from unmergeable.audit.scores import FLOORS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditResult]:
-    """The audit of an exact lock that several files look at, and its folder."""
-    return audited(tmp_path_factory)
 
 
 def test_results_have_the_form_of_version_1(shared: tuple[Path, AuditResult]) -> None:

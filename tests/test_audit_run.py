@@ -17,13 +17,10 @@ from audit_cases import (
     REQUIRED,
     SMALL,
     audit,
-    audited,
     configuration,
-    counted,
     equal,
     figures,
     shared_configuration,
-    zoo,
 )
 from unmergeable.attacks import proof
 from unmergeable.audit import run as run_module
@@ -35,23 +32,6 @@ from unmergeable.errors import InputError, RunError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditResult]:
-    """The audit of an exact lock that several files look at, and its folder."""
-    return audited(tmp_path_factory)
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """The jobs that are really run."""
-    return counted(monkeypatch)
 
 
 # --- what is kept --------------------------------------------------------------------------------------------

@@ -21,12 +21,9 @@ from audit_cases import (
     QUICK,
     REQUIRED,
     audit,
-    audited,
     configuration,
-    counted,
     figures,
     shared_configuration,
-    zoo,
 )
 from unmergeable.audit import work
 from unmergeable.audit.jobs import Job
@@ -35,23 +32,6 @@ from unmergeable.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROTECTED, OWN = thief_cases.PROTECTED, thief_cases.OWN
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditResult]:
-    """The audit of an exact lock that several files look at, and its folder."""
-    return audited(tmp_path_factory)
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """The jobs that are really run."""
-    return counted(monkeypatch)
 
 
 def pool(monkeypatch: pytest.MonkeyPatch, run: Callable[[Job], Any], workers: int = 2) -> work.Pool:

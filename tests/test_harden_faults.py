@@ -14,7 +14,6 @@ import torch
 
 import hardened
 import thief_cases
-from audit_cases import zoo
 from hardened import PROTECTED, harden
 from unmergeable.errors import ClaimError, InputError, RunError, UsageError
 from unmergeable.harden import release as release_module
@@ -26,11 +25,6 @@ from unmergeable.merging.tensors import load_state
 from unmergeable.tasks.task import TensorTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo(tmp_path_factory)
 
 
 class Spoils(Plain):

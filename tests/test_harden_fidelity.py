@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import hardened
 import thief_cases
-from audit_cases import zoo
 from hardened import PROTECTED
 from unmergeable.harden import search
 from unmergeable.harden.fidelity import Fidelity, divergence
@@ -24,11 +23,6 @@ from unmergeable.tasks.task import IGNORED, Examples
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SEEDS = st.integers(0, 1000)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo(tmp_path_factory)
 
 
 def harden(models: Path, dst: Path, **changes: Any) -> Any:

@@ -16,7 +16,7 @@ import hardened
 import thief_cases
 import toy
 import unmergeable as um
-from audit_cases import once, zoo
+from audit_cases import once
 from hardened import OWN, PROTECTED
 from unmergeable import _parser_harden, cli
 from unmergeable.errors import ClaimError, InputError, RunError, UsageError
@@ -31,11 +31,6 @@ from unmergeable.stock import load_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 400
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo(tmp_path_factory)
 
 
 def harden(models: Path, dst: Path, **changes: Any) -> Any:

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hardened
-from audit_cases import zoo
 from hardened import PROTECTED
 from test_harden_objectives import step
 from unmergeable.errors import InputError, UsageError
@@ -38,11 +37,6 @@ def _fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     assert not AcceleratorState._shared_state  # nothing is left of ours
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo(tmp_path_factory)
 
 
 def harden(models: Path, dst: Path, **changes: Any) -> Any:
