@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 import thief_cases
 from unmergeable.harden.directions import Directions
-from unmergeable.harden.draws import NEAR, Draw, Draws
+from unmergeable.harden.draws import LEAST, NEAR, Draw, Draws
+from unmergeable.harden.even import even
 from unmergeable.harden.lora import LoraWeights
 from unmergeable.harden.merged import Weights
+from unmergeable.merging.spectral import iso_c
 from unmergeable.stock import module_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -74,6 +76,22 @@ def test_all_kinds_of_merges_are_drawn() -> None:
     assert len(cut) > 30
     assert any(not any(one.other.values()) for one in others)  # a part of the task vector alone
     assert any(set(one.own.values()) == {1.0} for one in others)  # a full dose
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_of_language_models_every_draw_is_of_use_to_a_thief(seed: int) -> None:
+    draw = Draws(SHAPES, seed, texts=True).draw()
+    own = sum(float(torch.as_tensor(part).abs().mean()) for part in draw.own.values())
+    other = sum(draw.other.values())
+    assert own > 0
+    assert other >= LEAST * (own + other) - 1e-6
+
+
+def test_even_merges_are_drawn_of_language_models() -> None:
+    for texts, least, most in ((True, 20, 80), (False, 0, 0)):
+        draws = Draws(SHAPES, 0, texts=texts)
+        assert least <= sum(draws.draw().even for _ in range(400)) <= most
 
 
 def test_merges_of_parts_have_the_rest_from_elsewhere() -> None:
@@ -180,6 +198,63 @@ def test_an_error_inside_leaves_all_as_it_was() -> None:
         assert one.grad is before[name][1]
 
 
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (3, 8, 5), (12, 3, 4, 4)])
+def test_even_matrices(shape: tuple[int, ...]) -> None:
+    """All singular values are their mean, whichever side is longer, and directions stay."""
+    torch.manual_seed(0)
+    matrix = 1e-3 * torch.randn(shape)
+    matrix[..., 0] *= 30
+    flat = matrix if matrix.ndim < 4 else matrix.flatten(1)
+    u, s, vh = torch.linalg.svd(flat, full_matrices=False)
+    found, expected = even(matrix).reshape(flat.shape), s.mean(-1)[..., None, None] * (u @ vh)
+    assert float(s.max() / s.min()) > 5
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+    assert torch.equal(even(torch.zeros(shape)), torch.zeros(shape))
+
+
+def an_even_draw(weights: Weights) -> Draw:
+    draws = Draws(weights.shapes, 0, texts=True)
+    return next(one for one in iter(draws.draw, None) if one.even)
+
+
+def test_an_even_merge_is_iso_c() -> None:
+    _, weights = opened()
+    other = module_state(thief_cases.trained()[next(iter(thief_cases.OWN))])
+    direction = weights.fitted({n: other[n] - base for n, base in weights.base.items()})
+    draw = an_even_draw(weights)
+    scale = max(draw.other.values())
+    fine = {name: one.detach().clone() for name, one in weights.parameters.items()}
+    experts = {"protected": fine, "other": {name: other[name] for name in fine}}
+    expected = iso_c(weights.base, experts, scale=scale).shared
+    with weights.merged(draw, direction):
+        for name, one in weights.parameters.items():
+            away = (one - expected[name]).norm() / (expected[name] - weights.base[name]).norm()
+            assert float(away) < 0.02, name
+    assert all(torch.equal(one, fine[name]) for name, one in weights.parameters.items())
+
+
+def test_gradients_through_an_even_merge_go_uphill() -> None:
+    """They are passed through as if nothing was made even; the loss of the merge rises along them all the same."""
+    module, weights = opened()
+    images, labels = thief_cases.pictures(thief_cases.PROTECTED, 24, 5)
+    direction = Directions([], ("random",), 0).draw(weights.vector())
+    draw = an_even_draw(weights)
+
+    def loss() -> torch.Tensor:
+        with weights.merged(draw, direction):
+            value = answered(module, images, labels)
+            value.backward()
+        return value.detach()
+
+    before = loss()
+    slopes = {n: one.grad.clone() for n, one in weights.parameters.items() if one.grad is not None}
+    size = sum(float(one.square().sum()) for one in slopes.values()) ** 0.5
+    with torch.no_grad():
+        for name, slope in slopes.items():
+            weights.parameters[name] += 0.01 / size * slope
+    assert float(loss()) > float(before)
+
+
 def test_slopes_are_the_derivatives_by_coefficients() -> None:
     module, weights = opened()
     images, labels = thief_cases.pictures(thief_cases.PROTECTED, 24, 5)
@@ -263,3 +338,23 @@ def test_gradients_of_an_adapter() -> None:
         with torch.no_grad():
             rows[2, 1] -= step
     assert slope == pytest.approx((values[1] - values[0]) / 0.02, rel=0.1, abs=1e-4)
+
+
+def test_an_even_merge_of_an_adapter() -> None:
+    """Made even is the sum of updates, not their factors."""
+    module, weights = adapted()
+    draw = an_even_draw(weights)
+    images, labels = thief_cases.pictures(thief_cases.PROTECTED, 12, 5)
+    vector = {name: one.detach() for name, one in weights.deltas()}
+    direction = Directions([], ("random",), 0).draw(vector)
+    folded = {
+        name: weights.base[name] + even(draw.own[name] * delta + draw.other[name] * direction[name])
+        for name, delta in vector.items()
+    }
+    plain = copied()
+    plain.load_state_dict({**plain.state_dict(), **folded})
+    with weights.merged(draw, direction):
+        got = module(pixel_values=images).logits
+        torch.nn.functional.cross_entropy(got, labels).backward()
+    assert torch.allclose(got, plain(pixel_values=images).logits, atol=1e-4)
+    assert any(one.grad is not None and bool(one.grad.any()) for one in weights.parameters.values())

@@ -31,6 +31,9 @@ JITTER = 0.3
 # to what part of their numbers at least.
 FACTORS, THINNED, THIN = 0.35, 0.5, 0.2
 NEAR = 0.1  # a whole fine-tune alone, to within this, is no merge
+# Of language models: how often singular values are made even, and the coefficient of what comes of it. The direction's
+# least part of all coefficients: with less a merge is the fine-tune over again, and no use to a thief.
+EVEN, SCALE, LEAST = 0.12, (0.2, 1.3), 0.13
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,22 @@ class Draw:
         own: of the fine-tune's task vector, by tensor.
         other: of the direction, by tensor; 0 everywhere if nothing is added.
         factors: of adapters, the mix is one of factors; None if it is one of products.
+        even: whether the singular values of every matrix's sum are made even, as Iso-C does.
         parts: whether some blocks or kinds of tensors are the fine-tune's, and the rest is not.
     """
 
     own: Mapping[str, Coefficient]
     other: Mapping[str, float]
     factors: Factors | None = None
+    even: bool = False
     parts: bool = False
+
+    @property
+    def foreign(self) -> float:
+        """The direction's part of all coefficients, 0 to 1."""
+        own = sum(float(torch.as_tensor(part).abs().mean()) for part in self.own.values())
+        other = sum(map(abs, self.other.values()))
+        return other / (own + other) if other else 0.0
 
     @classmethod
     def whole(cls, names: Iterable[str], own: float, other: float = 0.0) -> Draw:
@@ -76,10 +88,14 @@ class Draws:
         shapes: of the tensors that merges share, by name.
         seed: of all draws.
         factors: whether merges may be of an adapter's factors.
+        texts: whether they are of language models: Iso-C is among them, and none is all but the fine-tune itself. For
+            images neither was found to help.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], seed: int, factors: bool = False) -> None:
-        self.shapes, self.factors = dict(shapes), factors
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], seed: int, factors: bool = False, texts: bool = False
+    ) -> None:
+        self.shapes, self.factors, self.texts = dict(shapes), factors, texts
         self.grid = layout(self.shapes)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -98,12 +114,16 @@ class Draws:
         while True:
             found = draw()
             itself = not any(found.other.values()) and all(_all_near(part) for part in found.own.values())
+            if self.texts:
+                itself = found.foreign < LEAST
             if not itself and any(map(_some, found.own.values())):
                 return found
 
     def _draw(self) -> Draw:
         if self.factors and self._uniform() < FACTORS:
             return self._factors()
+        if self.texts and self._uniform() < EVEN:
+            return self._even()
         choice = self._uniform()
         if choice < WHOLE:
             return self._whole()
@@ -124,7 +144,7 @@ class Draws:
     def _whole(self) -> Draw:
         """Task arithmetic, a full dose, or a part of the task vector alone."""
         own = self._uniform(0, MOST) if self._uniform() < 0.5 else 1.0
-        alone = abs(own - 1) > NEAR and self._uniform() < 0.3
+        alone = not self.texts and abs(own - 1) > NEAR and self._uniform() < 0.3
         other = 0.0 if alone else self._uniform(*OTHER)
         spread = JITTER if self._uniform() < 0.5 else 0.0
         noise = 1 + spread * torch.randn(2, len(self.shapes), generator=self.generator)
@@ -132,6 +152,12 @@ class Draws:
             {name: own * factor for name, factor in zip(self.shapes, noise[0].tolist(), strict=True)},
             {name: other * factor for name, factor in zip(self.shapes, noise[1].tolist(), strict=True)},
         )
+
+    def _even(self) -> Draw:
+        """Matrices of a sum, vectors of an average."""
+        scale = self._uniform(*SCALE)
+        parts = {name: scale if len(shape) > 1 else scale / 2 for name, shape in self.shapes.items()}
+        return Draw(parts, parts, even=True)
 
     def _factors(self) -> Draw:
         """Weights of a few tenths to a whole, as people give them to peft."""

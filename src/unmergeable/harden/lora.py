@@ -19,6 +19,7 @@ from ..checkpoint.files import load_json
 from ..errors import InputError
 from ..merging.vectors import CONFIG, PREFIX, WEIGHTS, lora_scale
 from .draws import Draw, Factors
+from .even import evened
 from .merged import Weights, _placed
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class LoraWeights(Weights):
 
     @contextmanager
     def merged(self, draw: Draw, direction: State) -> Iterator[None]:
+        if draw.even:
+            draw, direction = evened(draw, direction, super().vector())
         known = all(f"{name} A" in direction for name in self.layers)
         with self._mixed(draw, direction) if draw.factors and known else self._summed(draw, direction):
             yield

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .directions import Directions
-from .draws import Draw, Draws
+from .draws import Draw
 from .strength import Ends
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Measure:
     def __init__(self, owner: Owner, made: tuple[str, ...]) -> None:
         self.owner = owner
         shapes = owner.weights.shapes
-        draws = Draws(shapes, SEED, owner.weights.factors)
+        draws = owner.draws(SEED)
         self.draws = [
             *(Draw.whole(shapes, own, other) for own, other in GRID),
             *(draws.draw() for _ in range(MERGES)),

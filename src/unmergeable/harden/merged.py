@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .draws import Coefficient, Draw
+from .even import evened
 
 if TYPE_CHECKING:
     from ..merging import State
@@ -94,6 +95,8 @@ class Weights:
             draw: coefficients. direction: by name; what is added, where its coefficient is not 0.
         """
         self._follow_device()
+        if draw.even:
+            draw, direction = evened(draw, direction, self.vector())
         names, parameters = list(self.parameters), list(self.parameters.values())
         own = [_placed(draw.own[name], one) for name, one in self.parameters.items()]
         with self._set_aside():

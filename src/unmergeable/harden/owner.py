@@ -19,6 +19,7 @@ from ..merging.write import FLOATS, write_merged
 from ..stock import load_module, module_state
 from ..tasks import open_task
 from ..tasks.task import Examples, TensorTask
+from .draws import Draws
 from .lora import LoraWeights
 from .merged import Weights
 
@@ -90,6 +91,11 @@ class Owner:
         training, rest = _halves(opened)
         self.training = training
         self.task = replace(opened, evaluation=rest, training=None)
+
+    def draws(self, seed: int) -> Draws:
+        """Simulated merges of its weights."""
+        texts = self.task.kind == "language-modelling"
+        return Draws(self.weights.shapes, seed, self.weights.factors, texts)
 
     def round(self) -> None:
         """The weights as the checkpoint's dtypes will hold them: what is measured is then what is written."""

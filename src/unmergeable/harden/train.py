@@ -17,7 +17,6 @@ import torch
 
 from ..errors import InputError, RunError
 from .directions import Directions
-from .draws import Draws
 from .fidelity import Fidelity
 from .merged import freeze_statistics, modes_kept
 from .objectives import Objective, Step
@@ -146,11 +145,11 @@ class _Run:
             self.optimizer, settings.rate, total_steps=settings.steps, pct_start=warm
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.draws = Draws(owner.weights.shapes, settings.seed + 1, owner.weights.factors)
+        self.draws = owner.draws(settings.seed + 1)
         self.directions = Directions(owner.vectors, settings.made, settings.seed + 2, owner.device)
         # Looks have draws of their own: training is the same with and without them.
         self.looking = torch.Generator().manual_seed(settings.seed + 3)
-        self.shown = Draws(owner.weights.shapes, settings.seed + 4, owner.weights.factors)
+        self.shown = owner.draws(settings.seed + 4)
         self.turned = Directions(owner.vectors, settings.made, settings.seed + 5, owner.device)
 
     def batch(self) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..audit.init import kind_of
 from ..errors import InputError, UsageError
 from ..merging.tensors import rename_like, split
 from ..merging.vectors import is_adapter, load_adapter
@@ -78,7 +79,8 @@ class Hardening:
         self.weights = _adapted(model, base) if hasattr(model, "peft_config") else _whole(model, base)
         device = next(iter(self.weights.parameters.values())).device
         vectors = [_vector(model, self.weights, proxy) for proxy in proxies]
-        self.draws = Draws(self.weights.shapes, seed + 1, self.weights.factors)
+        texts = _is_language_model(model) if next_token is None else next_token
+        self.draws = Draws(self.weights.shapes, seed + 1, self.weights.factors, texts)
         self.directions = Directions(vectors, made, seed + 2, device)
 
     def begin(self, step: int) -> None:
@@ -149,6 +151,11 @@ class _Labelled:
     def loss(self, call: Call, batch: Examples) -> torch.Tensor:
         """As TensorTask's."""
         return cross_entropy(self.logits(call, batch), batch.labels)
+
+
+def _is_language_model(model: Any) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return kind_of({"architectures": [type(inner).__name__]}) == "language-modelling"
 
 
 def _batched(value: Any, labels: torch.Tensor) -> bool:
