@@ -48,8 +48,8 @@ _ROLES = {
     "rope_dim": "qk_rope_head_dim rotary_dim",
     "value_dim": "v_head_dim",
     "qk_dim": "qk_head_dim",
-    "mamba_heads": "mamba_n_heads",
-    "mamba_head_dim": "mamba_d_head",
+    "state_heads": "mamba_n_heads",
+    "state_head_dim": "mamba_d_head",
     "rank": "kv_lora_rank q_lora_rank",
     "layers": """
         num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
@@ -79,6 +79,9 @@ _ROLES = {
 
 #: name -> role
 SIZES: dict[str, str] = {name: role for role, block in _ROLES.items() for name in block.split()}
+
+#: Heads of a state space model: how often the residual width they are together, and the groups that they come in.
+STATE_EXPANSION, STATE_GROUPS = "mamba_expand", "mamba_n_groups"
 
 #: Sizes whose None or absence means "work it out from the others", or that nothing reads. For every other
 #: size None, zero or absence is structure.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unmergeable.fields import LAYER_INDICES, PER_LAYER, PERIODS, SIZES
+from unmergeable.fields import LAYER_INDICES, PER_LAYER, PERIODS, SIZES, STATE_EXPANSION, STATE_GROUPS
 from unmergeable.prove import rotary, stages, towers
 
 Config = dict[str, Any]
@@ -106,7 +106,7 @@ def _node(node: Config, state: _State) -> Config:
         for name in names:
             node[name] = _size(role, name, real[name], node, real, state)
     _experts(node, real, by_role, state)
-    _mamba(node, by_role)
+    _states(node, by_role)
     if not stages.shrink(node, real, state.shape):
         _layers(node, real, by_role, state)
     _image(node, real, state)
@@ -271,10 +271,10 @@ def _experts(node: Config, real: Config, by_role: dict[str, list[str]], state: _
         node[name] = routed_groups * each if real[name] > 1 else real[name]
 
 
-def _mamba(node: Config, by_role: dict[str, list[str]]) -> None:
+def _states(node: Config, by_role: dict[str, list[str]]) -> None:
     """Heads of a state space model make up a multiple of the residual width, in groups."""
-    heads, sizes = by_role.get("mamba_heads"), by_role.get("mamba_head_dim", [])
-    given = [node.get(name) for name in ("hidden_size", "mamba_expand", "mamba_n_groups")]
+    heads, sizes = by_role.get("state_heads"), by_role.get("state_head_dim", [])
+    given = [node.get(name) for name in ("hidden_size", STATE_EXPANSION, STATE_GROUPS)]
     numbers = [one for one in given if isinstance(one, int)]
     if not heads or len(numbers) < len(given):
         return
