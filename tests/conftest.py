@@ -75,6 +75,14 @@ def _children_are_forks() -> None:
         child._alone = lambda: threading.active_count() <= 2
 
 
+@pytest.fixture
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of proven specs for each file of tests."""
+    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.getbasetemp() / request.path.stem))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny zoo, and its protected model locked twice, for tests of audits and of hardening."""

@@ -21,16 +21,11 @@ from unmergeable.specs import shipped
 from unmergeable.specs.guards import check_agrees
 from unmergeable.stock import load_module
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_cache")]
 TINY = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.getbasetemp() / "guards"))
 
 
 def saved(module: Any, folder: Path, scale: float = 1.0, **fields: Any) -> Path:

@@ -21,12 +21,7 @@ from unmergeable.prove.unreached import drop_beside_unreached
 from unmergeable.spec import Site, Slot
 from unmergeable.stock import load_module
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.getbasetemp() / "guards-modes"))
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_cache")]
 
 
 def text(length: int) -> torch.Tensor:

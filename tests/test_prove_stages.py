@@ -22,7 +22,7 @@ from unmergeable.prove.sizes import Sizes
 from unmergeable.spec import evaluate_size
 from unmergeable.stock import load_module
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_cache")]
 
 SWIN: dict[str, Any] = {
     "model_type": "swin", "embed_dim": 96, "hidden_size": 768, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24],
@@ -125,11 +125,6 @@ def test_what_decides_a_spec() -> None:
 
 
 # --- from a model on disk ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.getbasetemp() / "stages"))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from unmergeable.match import match_spec
 from unmergeable.spec import Rest, Spec
 from unmergeable.stock import quiet
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_cache")]
 WEIGHTS = "model.safetensors"
 TEXT = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2,
@@ -68,11 +68,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.getbasetemp() / "whole"))
 
 
 def make(case: tuple[str, str, dict[str, Any]], folder: Path, **options: Any) -> Path:

@@ -113,11 +113,13 @@ class Draws:
     def _any(self, draw: Callable[[], Draw]) -> Draw:
         while True:
             found = draw()
-            itself = not any(found.other.values()) and all(_all_near(part) for part in found.own.values())
-            if self.texts:
-                itself = found.foreign < LEAST
-            if not itself and any(map(_some, found.own.values())):
+            if not self._itself(found) and any(map(_some, found.own.values())):
                 return found
+
+    def _itself(self, found: Draw) -> bool:
+        if self.texts:
+            return found.foreign < LEAST
+        return not any(found.other.values()) and all(_all_near(part) for part in found.own.values())
 
     def _draw(self) -> Draw:
         if self.factors and self._uniform() < FACTORS:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..merging.spectral import as_matrix
 from .draws import Draw
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def even(matrix: torch.Tensor) -> torch.Tensor:
     Args:
         matrix: (…, rows, columns); of a convolution (out, in, height, width), as (out, everything else).
     """
-    flat = matrix if matrix.ndim <= 3 else matrix.flatten(1)
+    flat = as_matrix(matrix)
     wide = flat.shape[-2] <= flat.shape[-1]
     found = flat if wide else flat.mT
     found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)

@@ -47,7 +47,7 @@ def iso_c(base: State, experts: Mapping[str, State], *, scale: float = 1.0) -> M
         total = torch.stack(list(deltas.values())).sum(0)
         if total.ndim < 2:
             return scale / len(deltas) * total
-        matrix = _matrix(total)
+        matrix = as_matrix(total)
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return scale * (s.mean(-1)[..., None, None] * (u @ vh)).reshape(total.shape)
 
@@ -70,7 +70,7 @@ def tsv_m(base: State, experts: Mapping[str, State], *, scale: float = 1.0) -> M
             return scale * torch.stack(tensors).mean(0)
         us, ss, vs = [], [], []
         for delta in tensors:
-            u, s, vh = torch.linalg.svd(_matrix(delta), full_matrices=False)
+            u, s, vh = torch.linalg.svd(as_matrix(delta), full_matrices=False)
             keep = max(1, s.shape[-1] // len(tensors))
             us.append(u[..., :keep])
             ss.append(s[..., :keep])
@@ -224,7 +224,7 @@ def truncate(delta: torch.Tensor, rank: float) -> torch.Tensor:
     """The best approximation with a part of the singular values, at least one; a vector is returned whole."""
     if delta.ndim < 2:
         return delta
-    u, s, vh = torch.linalg.svd(_matrix(delta), full_matrices=False)
+    u, s, vh = torch.linalg.svd(as_matrix(delta), full_matrices=False)
     keep = max(1, round(rank * s.shape[-1]))
     return ((u[..., :keep] * s[..., None, :keep]) @ vh[..., :keep, :]).reshape(delta.shape)
 
@@ -243,15 +243,16 @@ def project_off(delta: torch.Tensor, away: torch.Tensor, rank: float) -> torch.T
         along = away.flatten()
         part = (delta.flatten() @ along) / (along @ along).clamp(min=1e-30)
         return delta - part * away
-    u, s, vh = torch.linalg.svd(_matrix(away), full_matrices=False)
+    u, s, vh = torch.linalg.svd(as_matrix(away), full_matrices=False)
     keep = max(1, round(rank * s.shape[-1]))
     u, vh = u[..., :keep], vh[..., :keep, :]
-    matrix = _matrix(delta)
+    matrix = as_matrix(delta)
     matrix = matrix - u @ (u.mT @ matrix)
     return (matrix - (matrix @ vh.mT) @ vh).reshape(delta.shape)
 
 
-def _matrix(delta: torch.Tensor) -> torch.Tensor:
+def as_matrix(delta: torch.Tensor) -> torch.Tensor:
+    """A matrix or a stack of them as it is; of a convolution (out, everything else)."""
     return delta if delta.ndim <= 3 else delta.flatten(1)
 
 
