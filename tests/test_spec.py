@@ -106,6 +106,8 @@ CONFIG = {
         ("text.dim * 2 + 1", 11),
         ("int((none or hidden // heads) * part) // 2", 1),
         ("heads - kv", 4),
+        ("8 * int((int(hidden * 2 / 3) + 7) / 8)", 32),
+        ("int(hidden / heads / 3)", 2),
     ],
 )
 def test_sizes(expression: str, value: int) -> None:
@@ -115,7 +117,8 @@ def test_sizes(expression: str, value: int) -> None:
 @pytest.mark.parametrize(
     "expression",
     ["missing", "none", "name", "flag", "hidden // 7", "kv - kv", "heads +", "__import__('os')", "heads ** 2",
-     "name * 2", "heads // none", "[1]", "part", "heads // (kv - kv)"],
+     "name * 2", "heads // none", "[1]", "part", "heads // (kv - kv)",
+     "heads / kv", "int(heads / (kv - kv))"],
 )  # fmt: skip
 def test_what_gives_no_size_is_refused(expression: str) -> None:
     with pytest.raises(InputError):

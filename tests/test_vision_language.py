@@ -178,9 +178,36 @@ def qwen2_audio() -> tuple[Any, Inputs]:
     return transformers.Qwen2AudioForConditionalGeneration(config), text()
 
 
+READER = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "encoder_hidden_size": 32, "cross_attention_frequency": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def blip2() -> tuple[Any, Inputs]:
+    language = transformers.OPTConfig(
+        vocab_size=96, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    config = transformers.Blip2Config(
+        vision_config=EYES, qformer_config=READER, text_config=language.to_dict(), num_query_tokens=8,
+        image_token_index=IMAGE,
+    )  # fmt: skip
+    return transformers.Blip2ForConditionalGeneration(config), picture(24, 8)
+
+
+def instructblip() -> tuple[Any, Inputs]:
+    config = transformers.InstructBlipConfig(
+        vision_config=EYES, qformer_config=READER, text_config=transformers.LlamaConfig(**TEXT).to_dict(),
+        num_query_tokens=8, image_token_index=IMAGE,
+    )  # fmt: skip
+    inputs = {**picture(24, 8), "qformer_input_ids": torch.arange(5, 14)[None]}
+    return transformers.InstructBlipForConditionalGeneration(config), inputs
+
+
 MADE = (
-    voxtral, qwen2_audio, llava, llava_next, llava_onevision, paligemma, gemma3, internvl, mistral3, idefics3, qwen2_vl,
-    qwen2_5_vl, qwen3_vl,
+    blip2, instructblip, voxtral, qwen2_audio, llava, llava_next, llava_onevision, paligemma, gemma3, internvl,
+    mistral3, idefics3, qwen2_vl, qwen2_5_vl, qwen3_vl,
 )  # fmt: skip
 
 

@@ -67,6 +67,7 @@ _ROLES = {
     "experts": "num_experts num_local_experts n_routed_experts moe_num_experts",
     "top_k": "num_experts_per_tok num_experts_per_token moe_top_k moe_k num_selected_experts",
     "count": "n_shared_experts num_shared_experts",
+    "queries": "num_query_tokens",
     "image": "image_size",
     "patch": "patch_size",
     "ratio": "mlp_ratio",

@@ -289,8 +289,8 @@ def evaluate_size(expression: str, config: Mapping[str, Any], where: str = "size
     """A size such as `num_attention_heads // num_key_value_heads`, from a canonical config.
 
     Names are fields (dotted for nested configs), `num_heads[2]` is an entry of a list, `a or b` takes b where a is
-    missing or null, `*`, `//`, `+` and `-` are arithmetic and `//` must leave no rest. `int(a * b)` rounds down, for
-    fractions such as a partial rotary factor.
+    missing or null, `*`, `//`, `+` and `-` are arithmetic and `//` must leave no rest. `int(a * b)` and `int(a / b)`
+    round down, for fractions such as a partial rotary factor, and for sizes that are multiples of a power of two.
 
     Raises:
         InputError: a field is missing or not a number, or a division leaves a rest.
@@ -351,6 +351,8 @@ def _value(node: ast.expr, config: Mapping[str, Any], text: str, where: str) -> 
                 return left + right
             case ast.Sub():
                 return left - right
+            case ast.Div() if right:
+                return left / right
             case ast.FloorDiv():
                 if right == 0 or left % right:
                     raise InputError(f"'{text}' leaves a rest", where=where, got=f"{left} // {right}")

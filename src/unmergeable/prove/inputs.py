@@ -67,11 +67,13 @@ def make_inputs(model: Any, config: Mapping[str, Any]) -> list[InputSet]:
             if "decoder_input_ids" in names:
                 for seed, entry in enumerate(sets):
                     entry.arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
-        if "input_ids" not in names or not _stand_in(config, "image"):
+        needed = names["pixel_values"].default is inspect.Parameter.empty
+        if needed or "input_ids" not in names or not _stand_in(config, "image"):
             for index, entry in enumerate(sets):
                 arguments, masks = _images(config, names, index)
                 entry.arguments.update(arguments)
                 entry.masks.update(masks)
+                _seen(config, entry)
     if "input_features" in names and not (sets and _stand_in(config, "audio")):
         sets = []
         for seed in (0, 1):
@@ -168,7 +170,17 @@ def _with_text(
         arguments["bbox"] = corners.sort(dim=2).values.flatten(2)
     if "decoder_input_ids" in names:
         arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
+    if "qformer_input_ids" in names:
+        arguments["qformer_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 50)
     return InputSet(label, arguments, masks)
+
+
+def _seen(config: Mapping[str, Any], entry: InputSet) -> None:
+    """Tokens in whose places what was read out of an image stands: as many as there are queries for it."""
+    count, token = lookup(config, "num_query_tokens"), _special(config, "image_token_id", -1)
+    ids = entry.arguments.get("input_ids")
+    if ids is not None and count and token >= 0 and PADDING + int(count) < ids.shape[1] - PADDING:
+        ids[:, PADDING : PADDING + int(count)] = token
 
 
 def _stand_in(config: Mapping[str, Any], kind: str) -> bool:

@@ -252,8 +252,10 @@ def _size(role: str, name: str, value: Any, node: Config, real: Config, state: _
             return min(value, 4 if (real.get("n_group") or 1) > 1 else 2)
         case "count":
             return min(value, 2)
+        case "queries":
+            return min(value, 3 + shape)
         case "ratio":
-            return type(value)((3, 2)[shape])  # some classes want a float
+            return type(value)((5, 3)[shape])  # another product with each width; some classes want a float
         case "mels":
             return (16, 20)[shape]
         case _:

@@ -131,6 +131,13 @@ class Sizes:
             for k in (1, 2, 4, 8)
             if _beside(width, ratio)
         ]
+        # DINOv2's gated MLP: two thirds of the plain one's width, up to a multiple of 8
+        rules += [
+            f"8 * int((int(int({width} * {ratio}) * 2 / 3) + 7) / 8)"
+            for width in widths
+            for ratio in (*self.ratios, *self.fields)
+            if SIZES.get(ratio.rpartition(".")[2]) == "ratio" and _beside(width, ratio)
+        ]
         rules += [f"{x} // ({y})" for x in heads for y in self.heads(x) if x != y and _beside(x, y)]
         yield from rules
         # a field that is null in one of them has a rule instead: `head_dim or hidden_size // num_heads`
