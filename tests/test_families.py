@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from family_check import lock_and_compare
-from unmergeable.specs import shipped
+from unmergeable.specs import find_spec, shipped
 
 GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8}
 DEBERTA = {
@@ -145,6 +145,24 @@ def _compare_fp32(architecture: str, folder: Path) -> None:
             assert old
             for a, b in zip(new, old, strict=True):
                 assert float((a - b).norm() / b.norm()) <= 2e-4, method
+
+
+def test_a_shipped_spec_fits_its_classes_at_their_own_sizes() -> None:
+    """Those that their configurations have by default, not those of the miniatures that the spec is from."""
+    import torch
+    import transformers
+
+    for architecture, model_type, fields, _ in CASES:
+        cls = getattr(transformers, architecture)
+        sizes = {"hidden_size": 4096} if "num_attention_heads" in fields else {}
+        configuration = cls.config_class(**{**sizes, **fields})
+        with torch.device("meta"):
+            module = cls(configuration)
+        tied = getattr(module, "all_tied_weights_keys", {})
+        shapes = {name: tuple(one.shape) for name, one in module.state_dict().items() if name not in tied}
+        config = {**json.loads(configuration.to_json_string()), "architectures": [architecture]}
+        found = find_spec({**config, "model_type": model_type}, shapes, prove=False)
+        assert found, (architecture, fields)
 
 
 def test_every_required_family_is_shipped() -> None:
