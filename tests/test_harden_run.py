@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from audit_cases import once
 from hardened import OWN, PROTECTED
 from unmergeable import _parser_harden, cli
 from unmergeable.errors import ClaimError, InputError, RunError, UsageError
+from unmergeable.harden import measure as measure_module
 from unmergeable.harden import owner as owner_module
+from unmergeable.harden import run as run_module
 from unmergeable.harden import search as search_module
 from unmergeable.harden import train as train_module
+from unmergeable.harden.journal import Trial
+from unmergeable.harden.measure import Exposure
 from unmergeable.harden.objectives import OBJECTIVES
 from unmergeable.harden.owner import KINDS
 from unmergeable.harden.search import lost
@@ -162,12 +167,9 @@ def searched(losses: dict[float, float], exposures: dict[float, float], first: f
     for strength in search_module._strengths(first, trials, search_module.TRIES):
         tried.append(round(strength, 4))
         nearest = min(losses, key=lambda one: abs(one - strength))
-        exposure = search_module.Exposure(exposures[nearest], 1.0)
-        trials.append(
-            search_module.Trial(
-                strength, 0.0, losses[nearest], exposure, losses[nearest] <= 1, {"falls": 0.0}
-            )
-        )
+        exposure = Exposure(exposures[nearest], 1.0)
+        allowed = losses[nearest] <= 1
+        trials.append(Trial(strength, 9, 9, 0.0, losses[nearest], exposure, allowed, {"falls": 0.0}))
     return tried
 
 
@@ -185,16 +187,74 @@ def test_losses() -> None:
     assert lost(-2.0, -1.9) < 0
 
 
+@pytest.mark.usefixtures("short")
 def test_no_more_is_lost_than_was_allowed(models: Path, tmp_path: Path) -> None:
     report = harden(models, tmp_path / "out", steps=15, max_loss=30.0)
     assert report.loss <= 30
-    taken = [one for one in report.trials if one["strength"] == report.strength]
-    assert taken[0]["exposure"]["mean"] == min(
-        one["exposure"]["mean"] for one in report.trials if one["allowed"]
-    )
+    taken = min((one for one in report.trials if one["allowed"]), key=lambda one: one["exposure"]["mean"])
+    assert (report.strength, report.steps) == (taken["strength"], taken["steps"])
+    assert report.exposure["after"] == taken["exposure"]
     with pytest.raises(ClaimError, match="no strength that was tried keeps the score"):
         harden(models, tmp_path / "no", steps=15, rate=0.5, max_loss=0.0)
     assert not (tmp_path / "no").exists()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two strengths, and few merges to look at."""
+    monkeypatch.setattr(search_module, "TRIES", 2)
+    monkeypatch.setattr(measure_module, "MERGES", 2)
+
+
+def looked(report: Any) -> list[tuple[int, int]]:
+    return [(one["steps"], one["of"]) for one in report.trials]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_search_looks_on_its_way(models: Path, tmp_path: Path) -> None:
+    """At each quarter of a training, which goes on as if nobody had looked."""
+    report = harden(models, tmp_path / "out", steps=15, max_loss=100.0)
+    quarters = [(4, 15), (8, 15), (12, 15), (15, 15)]
+    assert looked(report) == search_module.TRIES * quarters
+    whole = harden(models, tmp_path / "whole", steps=15)
+    end, alone = report.trials[3], whole.trials[0]
+    assert {name: end[name] for name in alone if name != "allowed"} == {
+        name: alone[name] for name in alone if name != "allowed"
+    }
+
+
+@pytest.mark.usefixtures("short")
+def test_a_search_ends_where_there_is_nothing_to_win(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "ENOUGH", 9.0)
+    report = harden(models, tmp_path / "out", steps=15, max_loss=100.0)
+    assert looked(report) == [(4, 15)]
+    assert report.steps == 4
+
+
+@pytest.mark.usefixtures("short")
+def test_a_search_tries_more_steps_if_nobody_said_how_many(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(run_module.DEFAULTS["image-classification"], steps=12)
+    monkeypatch.setitem(run_module.DEFAULTS, "image-classification", short)
+    monkeypatch.setattr(search_module, "ENOUGH", 0.0)
+    report = harden(models, tmp_path / "out", steps=None, max_loss=100.0)
+    strongest = max(one["strength"] for one in report.trials)
+    assert [one for one in looked(report) if one[1] != 12] == [(6, 24), (12, 24), (18, 24), (24, 24)]
+    assert {one["strength"] for one in report.trials if one["of"] == 24} == {strongest}
+
+
+@pytest.mark.usefixtures("short")
+def test_a_search_that_was_killed_goes_on(models: Path, tmp_path: Path) -> None:
+    given = {"steps": 15, "max_loss": 100.0}
+    whole = harden(models, tmp_path / "whole", **given)
+    hardened.killed(partial(harden, models, tmp_path / "cut", **given), at=21)  # in its second training
+    again = harden(models, tmp_path / "cut", **given)
+    assert again.trials == whole.trials
+    one, two = (load_state(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-loss", metavar="POINTS", type=float,
-        help="try strengths, and take the one that exposes least of those that lose no more of the held-out score: "
+        help="search strength and steps for what exposes least and loses no more of the held-out score: "
         "points of accuracy, or per cent of the cross-entropy; exit code 1 if there is none",
     )  # fmt: skip
     parser.add_argument(

@@ -66,10 +66,13 @@ def hardened(report: HardenReport) -> str:
     if len(report.trials) > 1:
         tries = [
             (
-                f"{one['strength']:.3g}", f"{-one['loss']:+.2f}", f"{one['exposure']['mean']:.2f}",
+                f"{one['strength']:.3g}", f"{one['steps']} of {one['of']}", f"{-one['loss']:+.2f}",
+                f"{one['exposure']['mean']:.2f}",
                 "yes" if one["allowed"] else "no",
             )
             for one in report.trials
         ]  # fmt: skip
-        parts.append(table(("strength", f"change, {unit}", "exposure, mean", "allowed"), tries, (0, 1, 2)))
+        parts.append(
+            table(("strength", "steps", f"change, {unit}", "exposure, mean", "allowed"), tries, (0, 1, 2, 3))
+        )
     return "\n\n".join([*parts, _ABOUT])

@@ -37,7 +37,7 @@ class HardenReport:
         standalone: the held-out score before and after, and after a `plain` training of as many steps where there was
             one. loss: points of accuracy or per cent of cross-entropy.
         exposure: before and after, mean and largest value of the task in simulated merges of held-out examples.
-        trials: all strengths that were tried, with the same figures.
+        trials: all strengths that were tried, after how many `steps` `of` how many, with the same figures.
         locked: the id of the key that it was locked with; None if it was not.
         examples: how many were trained on, and held out. seconds: in all. device: of training.
         notes: what the owner should know before he takes the result for a protection.
@@ -121,7 +121,7 @@ def harden(
         strength: of the objective, fixed; with `max_loss`, the first one that is tried. Without either, the trap's
             strength follows what simulated merges keep.
         max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
-            strengths are tried.
+            strengths are tried, each looked at on its way, and with the best one more `steps` if none are given.
         may: what simulated merges may keep of the task on average, 0 to 1 (.1; .02 for language models): the strength
             rises until they keep no more. With `strength`, from there.
         labels: the part of the loss that asks for the labels once more, 0 to 1 (1 if not given); the rest asks for the

@@ -24,12 +24,13 @@ from ..merging.vectors import is_adapter
 from . import HardenReport, Progress
 from .device import PRECISIONS, accelerating, checkpoint_activations, memory
 from .directions import check_made
+from .journal import Trial
 from .measure import Measure
 from .objectives import Objective
 from .objectives import objective as objective_of
 from .owner import KINDS, Owner
 from .release import clear, write
-from .search import LEAST, Trial, lost, search
+from .search import LEAST, lost, search
 from .train import Settings
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def run_harden(
         _check_beside(source, target, beside)
     written = {"kind": kind, "data": str(data), **dict(fields or {})}
     progress_folder = target.with_name(target.name + SUFFIX)
-    folder = progress_folder / _digest(source, base, written, proxies, chosen, settings)
+    folder = progress_folder / _digest(source, base, written, proxies, chosen, settings, max_loss)
     with (
         accelerating(device, precision) as accelerator,
         tempfile.TemporaryDirectory(prefix="unmergeable-harden-") as work,
@@ -134,10 +135,11 @@ def run_harden(
         check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
         exposed = measure.exposure()
         with memory(owner.device):
-            trials, state, plain = search(
-                owner, chosen, settings, accelerator, measure, max_loss, beside is not None, folder, progress
-            )
-        if state is None:
+            trials, taken, state, plain = search(
+                owner, chosen, settings, accelerator, measure, max_loss, beside is not None, steps is None, folder,
+                progress,
+            )  # fmt: skip
+        if taken is None or state is None:
             raise _refused(source, trials, measure, max_loss)
         if beside is not None and plain is not None:
             owner.weights.load(plain.weights)
@@ -146,7 +148,6 @@ def run_harden(
         write(owner, source, target, Path(work), lock)
     clear(folder)
     alone = None if plain is None else plain.standalone
-    taken = min((one for one in trials if one.allowed), key=lambda one: one.exposure.mean)
     return HardenReport(
         expert=str(expert),
         base=str(base),
@@ -158,7 +159,7 @@ def run_harden(
         strength=taken.figures["strength"],
         may=settings.may,
         labels=settings.labels,
-        steps=settings.steps,
+        steps=taken.steps,
         rate=settings.rate,
         batch=min(settings.batch, len(owner.training)),
         seed=seed,
@@ -317,6 +318,7 @@ def _digest(
     proxies: Sequence[object],
     objective: Objective,
     settings: Settings,
+    max_loss: float | None,
 ) -> str:
     """Names a training by what it is of, so that none goes on from another's checkpoint."""
     stamps = []
@@ -324,5 +326,13 @@ def _digest(
         place = Path(str(path))
         files = sorted(place.rglob("*")) if place.is_dir() else [place]
         stamps += [[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
-    facts = [str(expert), str(base), fields, list(map(str, proxies)), repr(objective), asdict(settings)]
+    facts = [
+        str(expert),
+        str(base),
+        fields,
+        list(map(str, proxies)),
+        repr(objective),
+        asdict(settings),
+        max_loss,
+    ]
     return hashlib.sha256(json.dumps([facts, stamps], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,14 +1,15 @@
-"""How strong an objective may be: the strength that exposes least, of those that cost no more than was allowed."""
+"""How strong an objective may be, and for how long: what exposes least, of what costs no more than was allowed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .measure import Exposure, Measure
+from .journal import Journal, Trial
+from .measure import Measure
 from .objectives import Plain
 from .train import Progress, Settings, train
 
@@ -20,27 +21,12 @@ if TYPE_CHECKING:
     from .owner import Owner
 
 TRIES = 4
-ENOUGH = 0.02  # mean exposure below which a stronger objective is not tried
+LOOKS = 4  # at as many points of a training, its end among them
+LONGER = 2  # times the steps, once, if merges keep too much after them
+ENOUGH = 0.02  # mean exposure below which a stronger objective is not tried, nor more steps
 # Of what the fine-tune is worth, this must be left where no loss was named: less is no fine-tune any more.
 LEAST = 0.5
 FACTOR = 2.0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One training: its strength, what it cost, and what merges of the result keep.
-
-    Attributes:
-        loss: of the standalone score on held-out examples: points of accuracy, or per cent of the cross-entropy.
-        allowed: whether it is within what was asked for; without that, whether half of the fine-tune's worth is left.
-    """
-
-    strength: float
-    standalone: float
-    loss: float
-    exposure: Exposure
-    allowed: bool
-    figures: dict[str, float]
 
 
 class Control(NamedTuple):
@@ -55,6 +41,7 @@ class Found(NamedTuple):
     """All trials, the weights of the best one that is allowed, None if none is, and the control, if there was one."""
 
     trials: list[Trial]
+    taken: Trial | None
     weights: dict[str, torch.Tensor] | None
     plain: Control | None
 
@@ -72,12 +59,15 @@ def search(
     measure: Measure,
     max_loss: float | None,
     control: bool,
+    longer: bool,
     folder: Path | None,
     progress: Progress | None,
 ) -> Found:
     """Train with one strength, or with several until one is within `max_loss` and as strong as it may be.
 
-    Measured are the weights as the checkpoint's dtypes hold them.
+    Where there is a `max_loss`, every training is looked at on its way, and ended where merges keep nothing already;
+    `longer` tries twice as many steps where they keep too much after all strengths. Measured are the weights as the
+    checkpoint's dtypes hold them.
 
     Where labels are trained on, a strength that follows comes after a plain training of as many steps on the same
     batches, which says what that does by itself; `control` asks for it in any case.
@@ -92,44 +82,86 @@ def search(
         worths = train(owner, Plain(), chosen, accelerator, ends=ends, folder=place, progress=told).worths
         owner.round()
         plain = Control(measure.standalone(), owner.weights.copy(), worths)
-    trials: list[Trial] = []
-    best: tuple[float, dict[str, torch.Tensor]] | None = None
-    for strength in _strengths(settings.strength, trials, 1 if max_loss is None else TRIES):
+    journal, last = Journal(folder), list[Trial]()
+    searching = max_loss is not None
+    for number, (strength, steps) in enumerate(_plans(settings, last, TRIES if searching else 1, longer)):
         owner.weights.load(start)
-        place = None if folder is None else folder / f"try-{len(trials)}"
-        said = f"try {len(trials) + 1}, strength {strength:.3g}"
-        told = None if progress is None else _told(progress, said)
-        chosen = replace(settings, strength=strength)
-        figures = train(
+        place = None if folder is None else folder / f"try-{number}"
+        said = f"try {number + 1}, strength {strength:.3g}"
+
+        def pause(
+            done: int,
+            figures: dict[str, float],
+            number: int = number,
+            strength: float = strength,
+            of: int = steps,
+        ) -> bool:
+            trial = journal.find(strength, done, of)
+            if trial is None:
+                trial, weights = _measured(owner, measure, max_loss, strength, done, of, figures)
+                journal.add(trial, weights)
+            last[number:] = [trial]
+            return searching and _enough(trial)
+
+        train(
             owner,
             objective,
-            chosen,
+            replace(settings, strength=strength, steps=steps),
             accelerator,
             ends=ends,
             plain=None if plain is None else plain.worths,
+            pauses=[-(-steps * look // LOOKS) for look in range(1, LOOKS + 1)] if searching else [steps],
+            pause=pause,
             folder=place,
-            progress=told,
-        ).figures
-        owner.round()
-        standalone, exposure = measure.standalone(), measure.exposure()
-        loss = lost(measure.before, standalone)
-        allowed = measure.worth(standalone) >= LEAST if max_loss is None else loss <= max_loss
-        trials.append(Trial(strength, standalone, loss, exposure, allowed, figures))
-        if allowed and (best is None or exposure.mean < best[0]):
-            best = exposure.mean, owner.weights.copy()
-    return Found(trials, None if best is None else best[1], plain)
+            progress=None if progress is None else _told(progress, said),
+        )
+    return Found(journal.trials, journal.taken, journal.best, plain)
 
 
-def _strengths(first: float, trials: list[Trial], tries: int) -> Iterator[float]:
+def _measured(
+    owner: Owner,
+    measure: Measure,
+    max_loss: float | None,
+    strength: float,
+    done: int,
+    of: int,
+    figures: dict[str, float],
+) -> tuple[Trial, dict[str, torch.Tensor]]:
+    """The weights as they would be written; they are as they were afterwards."""
+    exact = owner.weights.copy()
+    owner.round()
+    standalone, exposure = measure.standalone(), measure.exposure()
+    loss = lost(measure.before, standalone)
+    allowed = measure.worth(standalone) >= LEAST if max_loss is None else loss <= max_loss
+    weights = owner.weights.copy()
+    owner.weights.load(exact)
+    return Trial(strength, done, of, standalone, loss, exposure, allowed, figures), weights
+
+
+def _enough(trial: Trial) -> bool:
+    return trial.allowed and trial.exposure.mean < ENOUGH
+
+
+def _plans(
+    settings: Settings, last: Sequence[Trial], tries: int, longer: bool
+) -> Iterator[tuple[float, int]]:
+    """Strengths and steps, given where each training before ended."""
+    for strength in _strengths(settings.strength, last, tries):
+        yield strength, settings.steps
+    most = max((one.strength for one in last if one.allowed), default=None)
+    if longer and tries > 1 and most is not None and not any(map(_enough, last)):
+        yield most, LONGER * settings.steps
+
+
+def _strengths(first: float, last: Sequence[Trial], tries: int) -> Iterator[float]:
     """Stronger while it is allowed, weaker while it is not, then between the two."""
     strength = first
     for _ in range(tries):
         yield strength
-        last = trials[-1]
-        if last.allowed and last.exposure.mean < ENOUGH:
+        if _enough(last[-1]):
             return
-        most = max((one.strength for one in trials if one.allowed), default=None)
-        least = min((one.strength for one in trials if not one.allowed), default=None)
+        most = max((one.strength for one in last if one.allowed), default=None)
+        least = min((one.strength for one in last if not one.allowed), default=None)
         if most is None:
             assert least is not None
             strength = least / FACTOR**2

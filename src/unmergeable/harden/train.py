@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +32,7 @@ FALLS = 3  # how often training may fall back, at half the rate
 SAVE = 50  # steps between checkpoints
 SHOWN = 2  # merges that a look is at
 Progress = Callable[[int, int, str], None]
+Pause = Callable[[int, dict[str, float]], bool]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def train(
     *,
     ends: Ends | None = None,
     plain: Mapping[int, float] | None = None,
+    pauses: Container[int] = (),
+    pause: Pause | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Trained:
@@ -87,6 +90,8 @@ def train(
         accelerator: runs passes in its precision.
         ends: what the base and the fine-tune are, for looks at what it is worth.
         plain: what it was worth at the looks of a plain training of as many steps; None stands for what it began with.
+        pauses: after so many steps, each time, `pause` is called with their number and the figures so far; it must
+            leave the weights as they are, and training ends there if it says so.
         folder: for checkpoints; training that has one there goes on from it. It must be this training's alone.
         progress: called with steps done, steps in all, and the losses.
 
@@ -113,9 +118,14 @@ def train(
             if not all(map(math.isfinite, (value, extra, float(norm)))) or not run.look():
                 run.fall(good, value)
                 continue
-            if run.done % SAVE == 0 or run.done == settings.steps:
+            paused = pause is not None and run.done in pauses
+            if run.done % SAVE == 0 or run.done == settings.steps or paused:
                 good = run.state(passing)
                 run.save(folder, good)
+            if pause is not None and paused:
+                with modes_kept(owner.module):
+                    if pause(run.done, run.figures()):
+                        break
             # The last pass only sees whether the weights are any good.
             if run.done == settings.steps:
                 break
