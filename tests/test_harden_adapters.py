@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 
 import thief_cases
 from unmergeable.errors import UsageError
+from unmergeable.harden import mix as mix_module
 from unmergeable.harden.directions import Directions
-from unmergeable.harden.draws import Draw, Draws, Factors
+from unmergeable.harden.draws import Draw, Draws
 from unmergeable.harden.lora import LoraWeights
+from unmergeable.harden.mix import Mix, leading
 from unmergeable.harden.wrapper import Hardening
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,12 +59,27 @@ def saved(module: Any, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("combination", "density"), [("linear", 1.0), ("magnitude_prune", 0.4)], ids=["linear", "magnitude_prune"]
+    ("combination", "mix"),
+    [
+        ("linear", Mix()),
+        ("magnitude_prune", Mix(0.4, trim=True)),
+        ("ties", Mix(0.4, trim=True, elect=True)),
+        ("svd", Mix(cut=True)),
+        ("magnitude_prune_svd", Mix(0.4, trim=True, cut=True)),
+        ("ties_svd", Mix(0.4, trim=True, elect=True, cut=True)),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
 )
-def test_mixes_of_factors_are_those_of_peft(combination: str, density: float, tmp_path: Path) -> None:
+def test_mixes_are_those_of_peft(
+    combination: str, mix: Mix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        mix_module, "ROUNDS", 60
+    )  # few are near enough for training; these tell singular values apart
     images, _ = thief_cases.pictures(thief_cases.PROTECTED, 12, 5)
-    module, weights = pair()
-    more = {} if density == 1 else {"density": density}
+    # Signs of factors are elected here as if both adapters had one scale, by peft without a look at it.
+    module, weights = pair(4 if mix.elect and not mix.cut else 8)
+    more = {} if mix.density == 1 else {"density": mix.density}
     module.add_weighted_adapter(
         ["default", "thief"], [0.7, 0.4], "merged", combination_type=combination, **more
     )
@@ -68,14 +87,30 @@ def test_mixes_of_factors_are_those_of_peft(combination: str, density: float, tm
     wanted = module(pixel_values=images).logits
     module.set_adapter("default")
     alone = module(pixel_values=images).logits
-    direction = weights.fitted_factors(saved(module, tmp_path))
-    draw = Draw.whole(weights.shapes, 0.7, 0.4)
-    draw = Draw(draw.own, draw.other, Factors(density, True, 0))
+    products = {name: layer.get_delta_weight("thief").detach() for name, layer in weights.layers.items()}
+    direction = weights.fitted(products) | weights.fitted_factors(saved(module, tmp_path))
+    draw = replace(Draw.whole(weights.shapes, 0.7, 0.4), mix=mix)
     with weights.merged(draw, direction):
         got = module(pixel_values=images).logits
     assert torch.allclose(got, wanted, atol=1e-4)
     assert not torch.allclose(got, alone, atol=1e-2)
     assert torch.equal(module(pixel_values=images).logits, alone)  # and back
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((30, 20), 4), ((20, 30), 4), ((5, 12), 8)])
+def test_what_a_cut_keeps(shape: tuple[int, int], rank: int) -> None:
+    """As much of a matrix as a singular value decomposition does; all of it where the rank allows."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (
+        torch.randn(shape, generator=generator),
+        torch.randn(shape[1], shape[1], generator=generator),
+    )
+    matrix = left @ torch.diag(0.5 ** torch.arange(float(shape[1]))) @ right
+    span = leading(matrix, rank, generator)
+    assert span.shape == (shape[0], rank)
+    away = float((matrix - span @ (span.T @ matrix)).norm())
+    least = float(torch.linalg.svdvals(matrix)[rank:].norm()) if rank < min(shape) else 0.0
+    assert away == pytest.approx(least, rel=1e-2, abs=1e-4)
 
 
 def test_thinned_factors_keep_their_sum() -> None:
@@ -87,7 +122,7 @@ def test_thinned_factors_keep_their_sum() -> None:
     whole = Draw.whole(weights.shapes, 1.0, 0.0)
     kept = []
     for seed in range(200):
-        with weights.merged(Draw(whole.own, whole.other, Factors(0.5, False, seed)), direction):
+        with weights.merged(replace(whole, mix=Mix(0.5, seed=seed)), direction):
             kept.append(weights.parameters[key].detach().clone())
     mean = torch.stack(kept).mean(0)
     assert 0.4 < float((kept[0] == 0).float().mean()) < 0.6
@@ -95,45 +130,73 @@ def test_thinned_factors_keep_their_sum() -> None:
     assert float((mean - before).abs().mean()) < 0.1 * float(before.abs().mean())
 
 
-def test_gradients_of_mixed_factors() -> None:
+def sloping(draw: Draw) -> tuple[LoraWeights, Callable[[], float]]:
+    """An adapter, and the loss of a merge of it: gradients are left behind."""
     module, weights = pair()
     images, labels = thief_cases.pictures(thief_cases.PROTECTED, 24, 5)
     direction = Directions([], ("random",), 3).draw(weights.vector())
-    draw = Draw.whole(weights.shapes, 0.6, 0.3)
-    draw = Draw(draw.own, draw.other, Factors(0.8, False, 7))
-    name = next(iter(weights.layers))
+    coefficients = Draw.whole(weights.shapes, draw.own[""], draw.other[""])
 
-    def loss() -> torch.Tensor:
-        with weights.merged(draw, direction):
+    def loss() -> float:
+        for one in weights.parameters.values():
+            one.grad = None
+        with weights.merged(replace(coefficients, mix=draw.mix), direction):
             value = torch.nn.functional.cross_entropy(module(pixel_values=images).logits, labels)
             value.backward()
-        return value.detach()
+        return float(value.detach())
 
-    loss()
+    return weights, loss
+
+
+@pytest.mark.parametrize(
+    ("mix", "other"),
+    # What is cut off has to be small, see `LoraWeights`.
+    [(Mix(0.8, seed=7), 0.3), (Mix(0.8, trim=True, elect=True), 0.3), (Mix(cut=True), 0.02)],
+    ids=["dare_linear", "ties", "svd"],
+)
+def test_gradients_of_mixes(mix: Mix, other: float) -> None:
+    weights, loss = sloping(replace(Draw.whole([""], 0.6, other), mix=mix))
+    name = next(iter(weights.layers))
     for letter in "AB":
+        loss()
         one = weights.parameters[f"{name} {letter}"]
         assert one.grad is not None
         place = divmod(int(one.grad.abs().argmax()), one.shape[1])
         slope, values = float(one.grad[place]), []
-        for step in (-0.01, 0.01):
+        for step in (-0.01, 0.02):
             with torch.no_grad():
                 one[place] += step
-            values.append(float(loss()))
-            with torch.no_grad():
-                one[place] -= step
+            values.append(loss())
+        with torch.no_grad():
+            one[place] -= 0.01
         assert slope == pytest.approx((values[1] - values[0]) / 0.02, rel=0.1, abs=1e-4)
-        for other in weights.parameters.values():
-            other.grad = None
-        loss()
 
 
-def test_draws_of_adapters_are_of_both_kinds() -> None:
+@pytest.mark.parametrize(
+    "mix", [Mix(cut=True), Mix(0.9, elect=True, cut=True, seed=7)], ids=["svd", "dare_ties_svd"]
+)
+def test_gradients_of_cuts_lead_down(mix: Mix) -> None:
+    """Wherever the rank ends."""
+    weights, loss = sloping(replace(Draw.whole([""], 0.8, 0.5), mix=mix))
+    before = loss()
+    slopes = {name: one.grad.clone() for name, one in weights.parameters.items() if one.grad is not None}
+    assert len(slopes) == len(weights.parameters)
+    length = sum(float(slope.square().sum()) for slope in slopes.values()) ** 0.5
+    with torch.no_grad():
+        for name, slope in slopes.items():
+            weights.parameters[name] -= 0.05 / length * slope
+    assert loss() < before - 0.2 * 0.05 * length
+
+
+def test_draws_of_adapters_are_of_all_kinds() -> None:
     _, weights = pair()
-    draws = [Draws(weights.shapes, seed, weights.factors).draw() for seed in range(60)]
-    mixed = [draw for draw in draws if draw.factors is not None]
-    assert 10 < len(mixed) < 40
-    assert {draw.factors.density == 1 for draw in mixed} == {True, False}  # type: ignore[union-attr]
-    assert all(Draws(weights.shapes, seed).draw().factors is None for seed in range(60))
+    draws = [Draws(weights.shapes, seed, weights.adapts).draw() for seed in range(120)]
+    mixes = [draw.mix for draw in draws if draw.mix is not None]
+    assert 20 < len(mixes) < 80
+    kinds = {(one.density == 1, one.trim, one.elect, one.cut) for one in mixes}
+    for place in range(4):
+        assert {kind[place] for kind in kinds} == {True, False}
+    assert all(Draws(weights.shapes, seed).draw().mix is None for seed in range(60))
 
 
 def test_an_adapter_of_another_rank_has_no_factors(tmp_path: Path) -> None:

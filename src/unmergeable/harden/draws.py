@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 
 from ..merging.blocks import layout
+from .mix import Mix
 
 # A number, or one a row: (rows, 1, …).
 Coefficient: TypeAlias = "float | torch.Tensor"
@@ -27,26 +28,13 @@ OTHER, FILL, BESIDE = (
     0.25,
 )  # of the direction: everywhere, where little is own, elsewhere
 JITTER = 0.3
-# Adapters: how often their two factors are mixed instead of their products, how often they are thinned out then, and
-# to what part of their numbers at least.
-FACTORS, THINNED, THIN = 0.35, 0.5, 0.2
+# Adapters: how often they are mixed as peft does it, not added; how often numbers are left out then, and how many are
+# kept at least.
+MIXED, THINNED, THIN = 0.35, 0.5, 0.2
 NEAR = 0.1  # a whole fine-tune alone, to within this, is no merge
 # Of language models: how often singular values are made even, and the coefficient of what comes of it. The direction's
 # least part of all coefficients: with less a merge is the fine-tune over again, and no use to a thief.
 EVEN, SCALE, LEAST = 0.12, (0.2, 1.3), 0.13
-
-
-@dataclass(frozen=True)
-class Factors:
-    """How the two factors of adapters are mixed, each by itself, as peft's `linear`, `ties` and `dare_…` do.
-
-    density: the part of their numbers that is kept. trim: the largest ones; else any, and the rest made larger for it.
-    seed: of which.
-    """
-
-    density: float
-    trim: bool
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -56,14 +44,14 @@ class Draw:
     Attributes:
         own: of the fine-tune's task vector, by tensor.
         other: of the direction, by tensor; 0 everywhere if nothing is added.
-        factors: of adapters, the mix is one of factors; None if it is one of products.
+        mix: of adapters, how peft mixes the two; None if it is their sum.
         even: whether the singular values of every matrix's sum are made even, as Iso-C does.
         parts: whether some blocks or kinds of tensors are the fine-tune's, and the rest is not.
     """
 
     own: Mapping[str, Coefficient]
     other: Mapping[str, float]
-    factors: Factors | None = None
+    mix: Mix | None = None
     even: bool = False
     parts: bool = False
 
@@ -87,15 +75,15 @@ class Draws:
     Args:
         shapes: of the tensors that merges share, by name.
         seed: of all draws.
-        factors: whether merges may be of an adapter's factors.
+        adapters: whether these are adapters, which peft mixes in ways of its own.
         texts: whether they are of language models: Iso-C is among them, and none is all but the fine-tune itself. For
             images neither was found to help.
     """
 
     def __init__(
-        self, shapes: Mapping[str, torch.Size], seed: int, factors: bool = False, texts: bool = False
+        self, shapes: Mapping[str, torch.Size], seed: int, adapters: bool = False, texts: bool = False
     ) -> None:
-        self.shapes, self.factors, self.texts = dict(shapes), factors, texts
+        self.shapes, self.adapters, self.texts = dict(shapes), adapters, texts
         self.grid = layout(self.shapes)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -122,8 +110,8 @@ class Draws:
         return not any(found.other.values()) and all(_all_near(part) for part in found.own.values())
 
     def _draw(self) -> Draw:
-        if self.factors and self._uniform() < FACTORS:
-            return self._factors()
+        if self.adapters and self._uniform() < MIXED:
+            return self._mix()
         if self.texts and self._uniform() < EVEN:
             return self._even()
         choice = self._uniform()
@@ -161,13 +149,14 @@ class Draws:
         parts = {name: scale if len(shape) > 1 else scale / 2 for name, shape in self.shapes.items()}
         return Draw(parts, parts, even=True)
 
-    def _factors(self) -> Draw:
+    def _mix(self) -> Draw:
         """Weights of a few tenths to a whole, as people give them to peft."""
-        own, other = self._uniform(0.2, MOST), self._uniform(0.1, 1.0)
+        trim, elect, cut = (self._uniform() < 0.5 for _ in range(3))
+        # A cut takes what is weaker first: with a little of the direction it leaves the fine-tune over again.
+        own, other = self._uniform(0.2, MOST), self._uniform(0.3 if cut else 0.1, 1.0)
         density = self._uniform(THIN, 1) if self._uniform() < THINNED else 1.0
-        trim = self._uniform() < 0.5
         seed = int(torch.randint(2**31, (), generator=self.generator))
-        return replace(Draw.whole(self.shapes, own, other), factors=Factors(density, trim, seed))
+        return replace(Draw.whole(self.shapes, own, other), mix=Mix(density, trim, elect, cut, seed))
 
     def _blocks(self) -> dict[str, float]:
         """Blocks cut in two, or each with a coefficient of its own."""

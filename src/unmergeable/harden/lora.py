@@ -1,9 +1,10 @@
 """A LoRA adapter in training: its merges are those of peft and of folded models, and it stays a stock adapter.
 
-Its update of a layer is s · B · A. Sums of updates are what `cat` makes, `svd` but for what its rank cuts off, and
-merges of models that adapters were folded into: a coefficient of the update is one of B, row by row as well, and what
-a thief's own adapters add goes into the frozen weight below, in place, and out again. `linear`, `ties`, `dare_…` and
-`magnitude_prune` mix A with A and B with B, each by the root of its weight: there one adapter's B meets another's A.
+Its update of a layer is s · B · A. Sums of updates are what `cat` makes, and merges of models that adapters were folded
+into: a coefficient of the update is one of B, row by row as well, and what a thief's own adapters add goes into the
+frozen weight below, in place, and out again. `linear`, `ties`, `dare_…` and `magnitude_prune` mix A with A and B with
+B, each by the root of its weight: there one adapter's B meets another's A. `svd` and the types that end on it cut the
+sum of the updates to the adapter's rank.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 from ..checkpoint.files import load_json
 from ..errors import InputError
 from ..merging.vectors import CONFIG, PREFIX, WEIGHTS, lora_scale
-from .draws import Draw, Factors
+from .draws import Draw
 from .even import evened
 from .merged import Weights, _placed
+from .mix import Mix, Part, leading, parts
 
 if TYPE_CHECKING:
     from ..merging import State
@@ -80,7 +82,7 @@ class LoraWeights(Weights):
         return {**super().vector(), **{name: one.detach() for name, one in self.parameters.items()}}
 
     @property
-    def factors(self) -> bool:
+    def adapts(self) -> bool:
         return True
 
     def fitted(self, vector: State) -> dict[str, torch.Tensor]:
@@ -117,7 +119,13 @@ class LoraWeights(Weights):
         if draw.even:
             draw, direction = evened(draw, direction, super().vector())
         known = all(f"{name} A" in direction for name in self.layers)
-        with self._mixed(draw, direction) if draw.factors and known else self._summed(draw, direction):
+        if draw.mix is not None and draw.mix.cut:
+            place = self._cut(draw, draw.mix, direction)
+        elif draw.mix is not None and known:
+            place = self._mixed(draw, draw.mix, direction)
+        else:
+            place = self._summed(draw, direction)
+        with place:
             yield
 
     @contextmanager
@@ -145,25 +153,54 @@ class LoraWeights(Weights):
                 weight.data = below[name]
 
     @contextmanager
-    def _mixed(self, draw: Draw, direction: State) -> Iterator[None]:
+    def _mixed(self, draw: Draw, mix: Mix, direction: State) -> Iterator[None]:
         """Both factors mixed, each with the root of its weight: B and A of different adapters meet."""
-        assert draw.factors is not None
-        generator = torch.Generator().manual_seed(draw.factors.seed)
-        own: dict[str, torch.Tensor] = {}
+        generator = torch.Generator().manual_seed(mix.seed)
+        own: dict[str, Part] = {}
         with self._set_aside():
             with torch.no_grad():
                 for key, one in self.parameters.items():
-                    name = key[:-2]
-                    part = float(draw.own[name])
-                    own[key] = abs(part) ** 0.5 * _kept(one.data, draw.factors, generator)
-                    other = direction[key].to(one)
-                    rest = abs(draw.other[name]) ** 0.5 * _kept(other, draw.factors, generator)
+                    name, other = key[:-2], direction[key].to(one)
+                    roots = abs(float(draw.own[name])) ** 0.5, abs(draw.other[name]) ** 0.5
+                    own[key], rest = parts(one.data, other, roots, mix, generator)
                     one.data = own[key] * one.data + rest * other
             yield
             with torch.no_grad():
                 for key, one in self.parameters.items():
                     if one.grad is not None:
                         one.grad = one.grad * own[key]
+
+    @contextmanager
+    def _cut(self, draw: Draw, mix: Mix, direction: State) -> Iterator[None]:
+        """The sum of both updates at the adapter's rank: B spans it, and A is what the sum has in there.
+
+        Gradients are those along matrices of this rank: as if what is cut off were small against what is kept.
+        """
+        generator = torch.Generator().manual_seed(mix.seed)
+        own: dict[str, Part] = {}
+        with self._set_aside():
+            with torch.no_grad():
+                for name, update in self.deltas():
+                    first, rows = self.parameters[f"{name} A"], self.parameters[f"{name} B"]
+                    other, weights = direction[name].to(update), (float(draw.own[name]), draw.other[name])
+                    part, rest = parts(update, other, weights, mix, generator)
+                    total = part * update + rest * other
+                    span = leading(total, len(first), generator)
+                    rows.data, first.data = span, span.T @ total / self.layers[name].scaling[self.adapter]
+                    # As large as the layer, until the backward pass is done: few numbers, so that half the bits do.
+                    own[name] = part.half() if isinstance(part, torch.Tensor) else part
+            yield
+            with torch.no_grad():
+                for name in self.layers:
+                    first, rows = self.parameters[f"{name} A"], self.parameters[f"{name} B"]
+                    if first.grad is None or rows.grad is None:
+                        continue
+                    # U Uᵀ G + (1 − U Uᵀ) G V Vᵀ, of G, the gradient of the sum; B = U, and V spans the rows of A.
+                    span, kept = rows.data, first.data
+                    besides = rows.grad - span @ (span.T @ rows.grad)
+                    inside = own[name] * (span @ first.grad + besides @ torch.linalg.pinv(kept).T)
+                    first.grad = self._kept[f"{name} B"].T @ inside
+                    rows.grad = inside @ self._kept[f"{name} A"].T
 
     def slopes(self) -> dict[str, float]:
         found = {}
@@ -175,15 +212,3 @@ class LoraWeights(Weights):
     def _oriented(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
         """Outputs × inputs from the layer's own layout, and back."""
         return weight.data.T if layer.fan_in_fan_out else weight.data
-
-
-def _kept(tensor: torch.Tensor, factors: Factors, generator: torch.Generator) -> torch.Tensor:
-    """By what each number of a factor is multiplied: 0 where it is left out."""
-    if factors.density == 1:
-        return torch.ones_like(tensor)
-    if factors.trim:
-        count = max(1, round(factors.density * tensor.numel()))
-        least = tensor.abs().flatten().topk(count).values[-1]
-        return (tensor.abs() >= least).to(tensor)
-    kept = torch.rand(tensor.shape, generator=generator).to(tensor.device) < factors.density
-    return kept.to(tensor) / factors.density

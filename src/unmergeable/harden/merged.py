@@ -56,8 +56,8 @@ class Weights:
             self.base[name] = self.base[name].to(one.device)
 
     @property
-    def factors(self) -> bool:
-        """Whether the weights are the factors of an adapter."""
+    def adapts(self) -> bool:
+        """Whether the weights are an adapter's."""
         return False
 
     def fitted(self, vector: State) -> dict[str, torch.Tensor]:

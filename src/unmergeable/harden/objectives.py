@@ -271,7 +271,7 @@ def _best(step: Step, draws: Sequence[Draw], direction: State) -> Draw:
 
 def _improved(step: Step, draw: Draw, direction: State, rate: float) -> Draw:
     """Coefficients after a step of the thief: down the gradient of the task's own loss, one a tensor."""
-    if draw.factors is not None or draw.even:
+    if draw.mix is not None or draw.even:
         return draw  # of two numbers in all
     weights = step.weights
     with weights.merged(draw, direction):

@@ -95,7 +95,7 @@ class Owner:
     def draws(self, seed: int) -> Draws:
         """Simulated merges of its weights."""
         texts = self.task.kind == "language-modelling"
-        return Draws(self.weights.shapes, seed, self.weights.factors, texts)
+        return Draws(self.weights.shapes, seed, self.weights.adapts, texts)
 
     def round(self) -> None:
         """The weights as the checkpoint's dtypes will hold them: what is measured is then what is written."""

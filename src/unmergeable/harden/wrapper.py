@@ -80,7 +80,7 @@ class Hardening:
         device = next(iter(self.weights.parameters.values())).device
         vectors = [_vector(model, self.weights, proxy) for proxy in proxies]
         texts = _is_language_model(model) if next_token is None else next_token
-        self.draws = Draws(self.weights.shapes, seed + 1, self.weights.factors, texts)
+        self.draws = Draws(self.weights.shapes, seed + 1, self.weights.adapts, texts)
         self.directions = Directions(vectors, made, seed + 2, device)
 
     def begin(self, step: int) -> None:
