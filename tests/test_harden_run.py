@@ -26,7 +26,7 @@ from unmergeable.harden import owner as owner_module
 from unmergeable.harden import run as run_module
 from unmergeable.harden import search as search_module
 from unmergeable.harden import train as train_module
-from unmergeable.harden.journal import Trial
+from unmergeable.harden.journal import Journal, Trial
 from unmergeable.harden.measure import Exposure
 from unmergeable.harden.objectives import OBJECTIVES
 from unmergeable.harden.owner import KINDS
@@ -181,6 +181,21 @@ def test_strengths_that_are_tried() -> None:
     assert searched({0.1: 0.0}, {0.1: 0.01}) == [0.1]  # nothing is exposed: enough
 
 
+def test_of_what_exposes_as_little_the_better_is_taken(tmp_path: Path) -> None:
+    figures = {"falls": 0.0}
+    journal = Journal(tmp_path)
+    for number, (exposed, loss, allowed) in enumerate(
+        [(0.30, -9.0, True), (0.071, 0.9, True), (0.07, 0.5, True), (0.068, 0.6, True), (0.0, 5.0, False)]
+    ):
+        weights = {"w": torch.tensor([number])}
+        journal.add(Trial(0.1 * number, 9, 9, 0.0, loss, Exposure(exposed, 1.0), allowed, figures), weights)
+    again = Journal(tmp_path)
+    assert journal.taken == again.taken == journal.trials[2]
+    for one in (journal, again):
+        assert one.best is not None
+        assert one.best["w"].item() == 2
+
+
 def test_losses() -> None:
     assert lost(0.80, 0.79) == pytest.approx(1.0)  # points of accuracy
     assert lost(-2.0, -2.02) == pytest.approx(1.0)  # per cent of the cross-entropy
@@ -191,7 +206,8 @@ def test_losses() -> None:
 def test_no_more_is_lost_than_was_allowed(models: Path, tmp_path: Path) -> None:
     report = harden(models, tmp_path / "out", steps=15, max_loss=30.0)
     assert report.loss <= 30
-    taken = min((one for one in report.trials if one["allowed"]), key=lambda one: one["exposure"]["mean"])
+    allowed = [one for one in report.trials if one["allowed"]]
+    taken = min(allowed, key=lambda one: (round(one["exposure"]["mean"], 2), one["loss"]))
     assert (report.strength, report.steps) == (taken["strength"], taken["steps"])
     assert report.exposure["after"] == taken["exposure"]
     with pytest.raises(ClaimError, match="no strength that was tried keeps the score"):
