@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from round_trip import locks
+from unmergeable.prove.inputs import make_inputs
 from unmergeable.stock import load_module
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
@@ -209,6 +210,15 @@ MADE = (
     blip2, instructblip, voxtral, qwen2_audio, llava, llava_next, llava_onevision, paligemma, gemma3, internvl,
     mistral3, idefics3, qwen2_vl, qwen2_5_vl, qwen3_vl,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [blip2, instructblip])
+def test_a_proof_has_tokens_where_the_image_is_read(made: Callable[[], tuple[Any, Inputs]]) -> None:
+    module, _ = made()
+    config = {**module.config.to_dict(), "num_query_tokens": 3}
+    for one in make_inputs(module, config):
+        assert (one.arguments["input_ids"] == IMAGE).sum(1).tolist() == [3, 3]
+        assert "pixel_values" in one.arguments
 
 
 @pytest.mark.parametrize("made", MADE)

@@ -68,13 +68,13 @@ def make_inputs(model: Any, config: Mapping[str, Any]) -> list[InputSet]:
                 for seed, entry in enumerate(sets):
                     entry.arguments["decoder_input_ids"] = _tokens(config, DECODER_LENGTH, seed + 10)
         needed = names["pixel_values"].default is inspect.Parameter.empty
-        if needed or "input_ids" not in names or not _stand_in(config, "image"):
+        if needed or "input_ids" not in names or _stand_in(config, "image") is None:
             for index, entry in enumerate(sets):
                 arguments, masks = _images(config, names, index)
                 entry.arguments.update(arguments)
                 entry.masks.update(masks)
                 _seen(config, entry)
-    if "input_features" in names and not (sets and _stand_in(config, "audio")):
+    if "input_features" in names and not (sets and _stand_in(config, "audio") is not None):
         sets = []
         for seed in (0, 1):
             arguments = _features(config, seed)
@@ -177,15 +177,16 @@ def _with_text(
 
 def _seen(config: Mapping[str, Any], entry: InputSet) -> None:
     """Tokens in whose places what was read out of an image stands: as many as there are queries for it."""
-    count, token = lookup(config, "num_query_tokens"), _special(config, "image_token_id", -1)
+    count, token = lookup(config, "num_query_tokens"), _stand_in(config, "image")
     ids = entry.arguments.get("input_ids")
-    if ids is not None and count and token >= 0 and PADDING + int(count) < ids.shape[1] - PADDING:
+    if ids is not None and count and token is not None and PADDING + int(count) < ids.shape[1] - PADDING:
         ids[:, PADDING : PADDING + int(count)] = token
 
 
-def _stand_in(config: Mapping[str, Any], kind: str) -> bool:
-    """Whether a token of the text stands for an image, or for sound: then text alone is an input, too."""
-    return any(lookup(config, f"{kind}_token_{name}") is not None for name in ("id", "index"))
+def _stand_in(config: Mapping[str, Any], kind: str) -> int | None:
+    """The token of a text that stands for an image, or for sound; where there is one, text alone is an input, too."""
+    tokens = (lookup(config, f"{kind}_token_{name}") for name in ("id", "index"))
+    return next((int(token) for token in tokens if token is not None), None)
 
 
 def _pair(value: Any, default: int) -> tuple[int, int]:
