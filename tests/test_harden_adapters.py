@@ -130,17 +130,17 @@ def test_thinned_factors_keep_their_sum() -> None:
     assert float((mean - before).abs().mean()) < 0.1 * float(before.abs().mean())
 
 
-def sloping(draw: Draw) -> tuple[LoraWeights, Callable[[], float]]:
+def sloping(mix: Mix, own: float, other: float) -> tuple[LoraWeights, Callable[[], float]]:
     """An adapter, and the loss of a merge of it: gradients are left behind."""
     module, weights = pair()
     images, labels = thief_cases.pictures(thief_cases.PROTECTED, 24, 5)
     direction = Directions([], ("random",), 3).draw(weights.vector())
-    coefficients = Draw.whole(weights.shapes, draw.own[""], draw.other[""])
+    draw = replace(Draw.whole(weights.shapes, own, other), mix=mix)
 
     def loss() -> float:
         for one in weights.parameters.values():
             one.grad = None
-        with weights.merged(replace(coefficients, mix=draw.mix), direction):
+        with weights.merged(draw, direction):
             value = torch.nn.functional.cross_entropy(module(pixel_values=images).logits, labels)
             value.backward()
         return float(value.detach())
@@ -155,7 +155,7 @@ def sloping(draw: Draw) -> tuple[LoraWeights, Callable[[], float]]:
     ids=["dare_linear", "ties", "svd"],
 )
 def test_gradients_of_mixes(mix: Mix, other: float) -> None:
-    weights, loss = sloping(replace(Draw.whole([""], 0.6, other), mix=mix))
+    weights, loss = sloping(mix, 0.6, other)
     name = next(iter(weights.layers))
     for letter in "AB":
         loss()
@@ -177,7 +177,7 @@ def test_gradients_of_mixes(mix: Mix, other: float) -> None:
 )
 def test_gradients_of_cuts_lead_down(mix: Mix) -> None:
     """Wherever the rank ends."""
-    weights, loss = sloping(replace(Draw.whole([""], 0.8, 0.5), mix=mix))
+    weights, loss = sloping(mix, 0.8, 0.5)
     before = loss()
     slopes = {name: one.grad.clone() for name, one in weights.parameters.items() if one.grad is not None}
     assert len(slopes) == len(weights.parameters)

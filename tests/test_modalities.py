@@ -139,21 +139,21 @@ def translations() -> tuple[Any, Inputs]:
     return transformers.MarianMTModel(config), inputs
 
 
+GATED = {
+    "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 4, "use_swiglu_ffn": True,
+    "image_size": 24, "patch_size": 8, "num_labels": 3,
+}  # fmt: skip
+
+
 def gated() -> tuple[Any, Inputs]:
     """DINOv2-giant's MLP: as wide as a formula says, with a rest that it rounds up."""
-    config = transformers.Dinov2Config(
-        hidden_size=40, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=4, use_swiglu_ffn=True,
-        image_size=24, patch_size=8, num_labels=3,
-    )  # fmt: skip
+    config = transformers.Dinov2Config(**GATED)
     return transformers.Dinov2ForImageClassification(config), {"pixel_values": normal(2, 3, 24, 24)}
 
 
 def registers() -> tuple[Any, Inputs]:
     """The same beside registers."""
-    config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=40, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=4, use_swiglu_ffn=True,
-        image_size=24, patch_size=8, num_register_tokens=2, num_labels=3,
-    )  # fmt: skip
+    config = transformers.Dinov2WithRegistersConfig(**GATED, num_register_tokens=2)
     inputs = {"pixel_values": normal(2, 3, 24, 24)}
     return transformers.Dinov2WithRegistersForImageClassification(config), inputs
 

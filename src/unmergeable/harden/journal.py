@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from .measure import Exposure
+from .train import save_whole
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Trial:
         strength: to begin with. steps: after so many, of so many: fewer are a look on the way.
         loss: of the standalone score on held-out examples: points of accuracy, or per cent of the cross-entropy.
         allowed: whether it is within what was asked for; without that, whether half of the fine-tune's worth is left.
-        figures: as `Trained` has them.
+        figures: of the training so far, as `train` gives them to its `pause`.
     """
 
     strength: float
@@ -70,10 +70,7 @@ class Journal:
         if self.taken is trial:
             self.best = dict(weights)
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_name(f".search.{os.getpid()}")
-            torch.save({"trials": [asdict(one) for one in self.trials], "best": self.best}, temporary)
-            os.replace(temporary, self._path)
+            save_whole(self._path, {"trials": [asdict(one) for one in self.trials], "best": self.best})
 
 
 def _trial(fields: Mapping[str, Any]) -> Trial:

@@ -11,6 +11,8 @@ from typing import TypeAlias
 
 import torch
 
+from ..merging.tensors import largest_entries
+
 #: By what a tensor is multiplied: one number, or one for each of its own.
 Part: TypeAlias = "float | torch.Tensor"
 
@@ -55,10 +57,7 @@ def _kept(tensor: torch.Tensor, mix: Mix, generator: torch.Generator) -> torch.T
     if mix.density == 1:
         return torch.ones_like(tensor)
     if mix.trim:
-        count = max(1, int(mix.density * tensor.numel()))
-        kept = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-        kept[tensor.abs().flatten().topk(count, sorted=False).indices] = 1
-        return kept.view_as(tensor)
+        return largest_entries(tensor, int(mix.density * tensor.numel())).to(tensor)
     drawn = torch.rand(tensor.shape, generator=generator).to(tensor.device) < mix.density
     return drawn.to(tensor) / mix.density
 

@@ -30,7 +30,7 @@ FACTOR = 2.0
 
 
 class Control(NamedTuple):
-    """A plain training of as many steps: its standalone score, its weights, and as `Trained` has them its worths."""
+    """A plain training of as many steps: its standalone score, its weights, and by step what it was worth."""
 
     standalone: float
     weights: dict[str, torch.Tensor]
@@ -79,30 +79,24 @@ def search(
         place = None if folder is None else folder / "plain"
         told = None if progress is None else _told(progress, "plain training, to compare with")
         chosen = replace(settings, may=None)
-        worths = train(owner, Plain(), chosen, accelerator, ends=ends, folder=place, progress=told).worths
+        worths = train(owner, Plain(), chosen, accelerator, ends=ends, folder=place, progress=told)
         owner.round()
         plain = Control(measure.standalone(), owner.weights.copy(), worths)
-    journal, last = Journal(folder), list[Trial]()
-    searching = max_loss is not None
-    for number, (strength, steps) in enumerate(_plans(settings, last, TRIES if searching else 1, longer)):
-        owner.weights.load(start)
-        place = None if folder is None else folder / f"try-{number}"
-        said = f"try {number + 1}, strength {strength:.3g}"
+    journal, searching = Journal(folder), max_loss is not None
 
-        def pause(
-            done: int,
-            figures: dict[str, float],
-            number: int = number,
-            strength: float = strength,
-            of: int = steps,
-        ) -> bool:
-            trial = journal.find(strength, done, of)
+    def tried(number: int, strength: float, steps: int) -> Trial:
+        """Where a training of its own ends."""
+        points = list[Trial]()
+
+        def pause(done: int, figures: dict[str, float]) -> bool:
+            trial = journal.find(strength, done, steps)
             if trial is None:
-                trial, weights = _measured(owner, measure, max_loss, strength, done, of, figures)
+                trial, weights = _measured(owner, measure, max_loss, strength, done, steps, figures)
                 journal.add(trial, weights)
-            last[number:] = [trial]
+            points.append(trial)
             return searching and _enough(trial)
 
+        owner.weights.load(start)
         train(
             owner,
             objective,
@@ -112,9 +106,16 @@ def search(
             plain=None if plain is None else plain.worths,
             pauses=[-(-steps * look // LOOKS) for look in range(1, LOOKS + 1)] if searching else [steps],
             pause=pause,
-            folder=place,
-            progress=None if progress is None else _told(progress, said),
+            folder=None if folder is None else folder / f"try-{number}",
+            progress=None
+            if progress is None
+            else _told(progress, f"try {number + 1}, strength {strength:.3g}"),
         )
+        return points[-1]
+
+    last: list[Trial] = []
+    for plan in _plans(settings, last, TRIES if searching else 1, searching and longer):
+        last.append(tried(len(last), *plan))
     return Found(journal.trials, journal.taken, journal.best, plain)
 
 
@@ -142,14 +143,18 @@ def _enough(trial: Trial) -> bool:
     return trial.allowed and trial.exposure.mean < ENOUGH
 
 
+def _strongest(last: Sequence[Trial]) -> float | None:
+    return max((one.strength for one in last if one.allowed), default=None)
+
+
 def _plans(
     settings: Settings, last: Sequence[Trial], tries: int, longer: bool
 ) -> Iterator[tuple[float, int]]:
     """Strengths and steps, given where each training before ended."""
     for strength in _strengths(settings.strength, last, tries):
         yield strength, settings.steps
-    most = max((one.strength for one in last if one.allowed), default=None)
-    if longer and tries > 1 and most is not None and not any(map(_enough, last)):
+    most = _strongest(last)
+    if longer and most is not None and not _enough(last[-1]):
         yield most, LONGER * settings.steps
 
 
@@ -160,7 +165,7 @@ def _strengths(first: float, last: Sequence[Trial], tries: int) -> Iterator[floa
         yield strength
         if _enough(last[-1]):
             return
-        most = max((one.strength for one in last if one.allowed), default=None)
+        most = _strongest(last)
         least = min((one.strength for one in last if not one.allowed), default=None)
         if most is None:
             assert least is not None

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,19 +57,6 @@ class Settings:
     seed: int = 0
 
 
-class Trained(NamedTuple):
-    """What came of a training.
-
-    Attributes:
-        figures: the means over the last tenth of the steps, "loss" and "objective", the last strength, whether it
-            would be higher if it might, and how often training fell back.
-        worths: by step, what the fine-tune was worth at that look: 1 as it was at first, 0 the base.
-    """
-
-    figures: dict[str, float]
-    worths: dict[int, float]
-
-
 def train(
     owner: Owner,
     objective: Objective,
@@ -79,10 +66,10 @@ def train(
     ends: Ends | None = None,
     plain: Mapping[int, float] | None = None,
     pauses: Container[int] = (),
-    pause: Pause | None = None,
+    pause: Pause = lambda done, figures: False,
     folder: Path | None = None,
     progress: Progress | None = None,
-) -> Trained:
+) -> dict[int, float]:
     """Train the owner's weights in place, from where they are.
 
     Args:
@@ -94,6 +81,9 @@ def train(
             leave the weights as they are, and training ends there if it says so.
         folder: for checkpoints; training that has one there goes on from it. It must be this training's alone.
         progress: called with steps done, steps in all, and the losses.
+
+    Returns:
+        By step, what the fine-tune was worth at that look: 1 as it was at first, 0 the base.
 
     Raises:
         RunError: a loss that is not finite again and again.
@@ -118,11 +108,11 @@ def train(
             if not all(map(math.isfinite, (value, extra, float(norm)))) or not run.look():
                 run.fall(good, value)
                 continue
-            paused = pause is not None and run.done in pauses
+            paused = run.done in pauses
             if run.done % SAVE == 0 or run.done == settings.steps or paused:
                 good = run.state(passing)
                 run.save(folder, good)
-            if pause is not None and paused:
+            if paused:
                 with modes_kept(owner.module):
                     if pause(run.done, run.figures()):
                         break
@@ -134,7 +124,7 @@ def train(
                 said = f"loss {value:.3f}, objective {extra:.3f}, λ {run.strength.value:.3g}"
                 progress(run.done, settings.steps, said)
     owner.module.eval()
-    return Trained(run.figures(), run.worths)
+    return run.worths
 
 
 class _Run:
@@ -232,7 +222,10 @@ class _Run:
                 group[name] *= slower
 
     def figures(self) -> dict[str, float]:
-        """As `Trained` has them."""
+        """The means over the last tenth of the steps, "loss" and "objective", and what strength and falls are now.
+
+        "bound": whether the strength would be higher if it might. "falls": how often training fell back.
+        """
         last = self.losses[-max(1, self.settings.steps // 10) :]
         means = [sum(pair[place] for pair in last) / len(last) for place in (0, 1)]
         return {
@@ -287,13 +280,9 @@ class _Run:
         self.done, self.falls = int(state["done"]), int(state["falls"])
 
     def save(self, folder: Path | None, state: Mapping[str, Any]) -> None:
-        """A checkpoint, whole or not at all."""
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".state.{os.getpid()}"
-        torch.save(dict(state), temporary)
-        os.replace(temporary, folder / "state.pt")
+        """A checkpoint."""
+        if folder is not None:
+            save_whole(folder / "state.pt", state)
 
     def resume(self, folder: Path | None) -> None:
         """Go on from a checkpoint, if there is one of the same settings.
@@ -314,6 +303,14 @@ class _Run:
         torch.set_rng_state(state["random"]["torch"])
         if "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.owner.device)
+
+
+def save_whole(path: Path, state: Mapping[str, Any]) -> None:
+    """A file for torch.load, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(dict(state), temporary)
+    os.replace(temporary, path)
 
 
 def _copied(value: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UsageError
 from . import Merged
-from .tensors import merge_deltas
+from .tensors import largest_entries, merge_deltas
 
 if TYPE_CHECKING:
     from . import State
@@ -89,13 +89,8 @@ def ties(base: State, experts: Mapping[str, State], *, weight: float = 1.0, dens
 
 def _trim(delta: torch.Tensor, density: float) -> torch.Tensor:
     """The tensor with all but its largest entries set to zero."""
-    keep = max(1, int(density * delta.numel()))
-    if keep == delta.numel():
-        return delta
-    rows = delta.abs().flatten().topk(keep).indices
-    out = torch.zeros_like(delta)
-    out.view(-1)[rows] = delta.flatten()[rows]
-    return out
+    keep = int(density * delta.numel())
+    return delta if keep == delta.numel() else torch.where(largest_entries(delta, keep), delta, 0)
 
 
 def _weights(weight: float | Mapping[str, float], experts: Mapping[str, State]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UsageError
 from . import Merged
-from .tensors import merge_deltas
+from .tensors import largest_entries, merge_deltas
 
 if TYPE_CHECKING:
     from . import State
@@ -231,10 +231,7 @@ def truncate(delta: torch.Tensor, rank: float) -> torch.Tensor:
 
 def largest(delta: torch.Tensor, density: float) -> torch.Tensor:
     """All but the entries of largest magnitude set to zero; at least one stays."""
-    out = torch.zeros_like(delta).flatten()
-    index = delta.abs().flatten().topk(max(1, round(density * delta.numel()))).indices
-    out[index] = delta.flatten()[index]
-    return out.reshape(delta.shape)
+    return torch.where(largest_entries(delta, round(density * delta.numel())), delta, 0)
 
 
 def project_off(delta: torch.Tensor, away: torch.Tensor, rank: float) -> torch.Tensor:

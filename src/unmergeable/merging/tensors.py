@@ -229,6 +229,13 @@ def merge_deltas(
     return Merged(shared, parts.private)
 
 
+def largest_entries(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the entries of largest magnitude are, so many of them and one at least: booleans of the tensor's shape."""
+    found = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+    found[tensor.abs().flatten().topk(max(1, count)).indices] = True
+    return found.view(tensor.shape)
+
+
 def distance(base: State, model: State) -> float:
     """How far a model is from a base over the tensors that they share: ‖model − base‖ / ‖base‖.
 
