@@ -17,7 +17,7 @@ from unmergeable.attacks.prepare import COLLUSIONS, PREPARATIONS
 from unmergeable.attacks.repair import EACH
 from unmergeable.audit.jobs import HELPS, PROOF, Job, Start, Waves
 from unmergeable.audit.rows import SIDES, Row
-from unmergeable.audit.suite import BEAM, CORE, FOLLOW, merge_attack, merge_attacks, names
+from unmergeable.audit.suite import BEAM, CORE, FIRST, FOLLOW, merge_attack, merge_attacks, names
 from unmergeable.errors import UsageError
 from unmergeable.merging import METHODS
 
@@ -59,7 +59,7 @@ def waves(top: int = 3, only: Any = None, releases: bool = False) -> Waves:
 
 
 def test_the_most_informative_comes_first() -> None:
-    core, probes, followed, adaptive, shelf, more, unlabelled, labelled, repairs = run(waves())
+    core, probes, followed, adaptive, shelf, more, *taught = run(waves())
     assert [job.attack for job in core] == [
         "task_arithmetic", *["task_arithmetic"] * 2, "full_dose", "full_dose", "ties", "ties", "ties"
     ]  # fmt: skip
@@ -69,9 +69,12 @@ def test_the_most_informative_comes_first() -> None:
     assert not followed
     assert not more  # nothing helped
     assert {merge_attack(job.attack).access for job in core + shelf} == {0}
-    assert {job.level for job in unlabelled} == {2}
-    assert {job.level for job in labelled} == {3}
-    assert {job.attack for job in repairs} == {f"repair-{each}" for each in EACH}
+    # Of both levels with data the first attacks, then the rest of both.
+    assert [{job.level for job in wave} for wave in taught] == [{2}, {3}, {2}, {3}]
+    for first, rest in ((0, 2), (1, 3)):
+        assert {job.attack for job in taught[first]} == set(FIRST[2 + first])
+        assert not {job.attack for job in taught[first]} & {job.attack for job in taught[rest]}
+    assert {job.attack for wave in taught for job in wave if job.starts} == {f"repair-{each}" for each in EACH}
 
 
 @pytest.mark.parametrize("top", [0, 1, 2, 3])
@@ -245,7 +248,7 @@ def test_worth_counts_every_floor() -> None:
 
 
 def starts(found: Mapping[Job, Row], side: Any = "protected") -> list[dict[str, Any]]:
-    jobs = waves()._repairs(found)
+    jobs = [job for one in (True, False) for job in waves()._taught(found, 3, one) if job.starts]
     (first, *rest) = [job.starts for job in jobs if job.side == side]
     assert all(other == first for other in rest)
     return [start.as_dict() for start in first]

@@ -68,6 +68,19 @@ def test_it_does_not_rise_at_the_cost_of_the_fine_tune() -> None:
     assert strength.value < 0.1
 
 
+@pytest.mark.parametrize("may", [0.02, 0.05, 0.1, 0.3])
+def test_bursts_do_not_lower_it(may: float) -> None:
+    """Some merges keep everything and most keep nothing: on average half as much again as they may."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        strength = Strength(0.3, may)
+        for _ in range(120):
+            strength.follow((random.random(2) < 1.5 * may).astype(float), 1.0)
+        found.append(strength.value)
+    assert np.exp(np.mean(np.log(found))) > 0.3
+
+
 def test_at_its_bound_it_says_so() -> None:
     strength = Strength(0.1, 0.2)
     assert not strength.bound

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ..attacks.blocks import Blocks
@@ -19,7 +20,7 @@ from ..attacks.prepare import COLLUSIONS, PREPARATIONS
 from ..attacks.repair import Repair
 from .rows import SIDES, Row, Side
 from .scores import Reference
-from .suite import BEAM, CORE, FOLLOW, merge_attack, merge_attacks
+from .suite import BEAM, CORE, FIRST, FOLLOW, merge_attack, merge_attacks
 
 PROOF = "proof"
 # What a preparation must add to Σ over the floors of the best value before it is followed up.
@@ -108,11 +109,10 @@ class Waves:
         yield self._shelf
         if self.top >= 1:
             yield self.follow
-        if self.top >= 2:
-            yield lambda found: self._taught(found, 2)
-        if self.top >= 3:
-            yield lambda found: self._taught(found, 3)
-            yield self._repairs
+        taught = range(2, self.top + 1)
+        for first in (True, False):
+            for level in taught:
+                yield partial(self._taught, level=level, first=first)
 
     def share(self, wave: Any) -> float:
         """The part of the time left that a wave may take; what it does not get to may be done after all waves."""
@@ -124,7 +124,8 @@ class Waves:
         if self.top >= 1:
             follow = BEAM * len(CORE) + (BEAM - 1) * len(CORE) + FOLLOW
             known += len(self._probes({})) + min(follow, len(self.shelf)) + len(self._adaptive({}))
-        return known + sum(len(self._taught({}, level)) for level in range(2, self.top + 1))
+        taught = (len(self._taught({}, level, one)) for level in range(2, self.top + 1) for one in (True, False))
+        return known + sum(taught)
 
     # --- waves -----------------------------------------------------------------------------------------------
 
@@ -183,24 +184,23 @@ class Waves:
                     jobs += [Job(name, side, one) for one in (None, *prepared)]
         return jobs
 
-    def _taught(self, found: Found, level: int) -> list[Job]:
-        """Attacks with data, on the model that merges best so far; distillation sees its answers alone."""
+    def _taught(self, found: Found, level: int, first: bool) -> list[Job]:
+        """Attacks with data of a level, its first ones or the rest.
+
+        Repairs are of the best merges so far that can be made again at once; distillation sees the model's answers
+        alone; all else is on the model that merges best so far.
+        """
         jobs = []
         for name, attack in merge_attacks().items():
-            if attack.access == level and self._wanted(name) and not isinstance(attack, Repair):
-                for side in self._sides(name):
+            if attack.access != level or (name in FIRST[level]) != first or not self._wanted(name):
+                continue
+            for side in self._sides(name):
+                if isinstance(attack, Repair):
+                    jobs.append(Job(name, side, starts=self._starts(found, side)))
+                else:
                     best = self.beam(found, side)[:1] if not name.startswith("distil") else []
                     jobs.append(Job(name, side, best[0] if best else None))
         return jobs
-
-    def _repairs(self, found: Found) -> list[Job]:
-        """Repairs of the best merges so far that can be made again at once."""
-        return [
-            Job(name, side, starts=self._starts(found, side))
-            for name, attack in merge_attacks().items()
-            if isinstance(attack, Repair) and self._wanted(name)
-            for side in self._sides(name)
-        ]
 
     # --- choices ---------------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ BEAM, FOLLOW = 2, 12
 # The attack that a level stands on, without which nothing is said about it; a higher level stands on any of its
 # own, and on the levels below.
 STANDS_ON = {0: "full_dose", 1: "anchor-coupled"}
+# Of the levels with data, what is run before the rest of any of them: where time is short, something is known of each.
+FIRST = {2: ("coefficients-row-entropy", "distil-soft-1-own"), 3: ("repair-16", "coefficients-row-labels")}
 
 
 @cache

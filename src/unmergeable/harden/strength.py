@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 EVERY = 5  # steps between looks
 RISE, FALL = 0.15, 0.075  # e-foldings a look, where merges keep everything, and where they keep nothing
+# What merges keep comes in bursts. A fall that is steeper than one to nothing from here would outweigh them: where
+# merges may keep little, the strength would sink while they keep all of it and more.
+GENTLE = 0.1
 MEMORY = 0.2  # the part of the running means that a look replaces
 WIDEST = 16.0  # how far from where it began
 WORTH = 0.9  # of what fine-tuning took off the loss, below which the strength falls
@@ -87,7 +90,8 @@ class Strength:
         # Only what is absurd is cut off: a mean of numbers that are cut at 1 would be too low.
         self.worth += MEMORY * (min(max(worth, -1.0), 3.0) - self.worth)
         over = self.kept - self.may
-        step = RISE * over / (1 - self.may) if over > 0 else FALL * over / self.may
+        slope = RISE / (1 - self.may) if over > 0 else FALL / max(self.may, GENTLE)
+        step = slope * over
         if self.worth < WORTH:
             step = min(step, -FALL)
         changed = self.value * math.exp(step)
