@@ -249,6 +249,16 @@ def test_preparations_in_memory_change_a_model_a_little(name: str, bench: Bench)
     assert any(not tensor.equal(plain[key]) for key, tensor in prepared.items())
 
 
+def test_a_change_in_memory_may_follow_an_alignment(bench: Bench) -> None:
+    """What was locked and aligned is the fine-tune again, and rounded it is the rounded fine-tune."""
+    first = bench.prepare("protected", "anchor-coupled > quantise-4")
+    assert near(first, bench.prepare("plain", "quantise-4"), bench.base)
+    assert not near(first, bench.models["plain"], bench.base)
+    row = run_job(bench, prepare(bench).reference, Job("probe", "protected", "anchor-coupled > quantise-4"))
+    assert (row.state, row.level) == ("done", 1)
+    assert row.chain == ("anchor-coupled", "quantise-4", "probe")
+
+
 def test_a_substitution_takes_the_base(bench: Bench) -> None:
     prepared = bench.prepare("protected", "substitute-mlp")
     inside = [name for name in bench.base if ".mlp." in name]

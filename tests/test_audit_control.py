@@ -114,6 +114,14 @@ def test_a_preparation_must_solve_its_known_case(known: list[Row], reason: str |
     assert controlled(rows, reference())[0].state == "done"
 
 
+def test_every_preparation_of_a_chain_must() -> None:
+    chain = row("ties", "protected", (0, 0), prepared="anchor-coupled")
+    rows = [row("ties", "plain", GOOD), proof(), replace(chain, chain=("noise", *chain.chain))]
+    assert controlled(rows, reference())[-1].state == "done"
+    found = controlled([rows[0], rows[2]], reference())[-1]
+    assert found.reason == "anchor-coupled: its known case was not run"
+
+
 def test_preparations_without_a_known_case_need_none() -> None:
     assert (
         states(row("ties", "plain", GOOD), row("ties", "protected", (0, 0), prepared="noise")) == ["done"] * 2

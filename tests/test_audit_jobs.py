@@ -59,7 +59,7 @@ def waves(top: int = 3, only: Any = None, releases: bool = False) -> Waves:
 
 
 def test_the_most_informative_comes_first() -> None:
-    core, probes, followed, adaptive, shelf, more, *taught = run(waves())
+    core, probes, followed, adaptive, shelf, more, matched, *taught = run(waves())
     assert [job.attack for job in core] == [
         "task_arithmetic", *["task_arithmetic"] * 2, "full_dose", "full_dose", "ties", "ties", "ties"
     ]  # fmt: skip
@@ -68,6 +68,7 @@ def test_the_most_informative_comes_first() -> None:
     assert [job.attack for job in adaptive] == ["substitute-blocks"] * 2 + ["wide"] * 2
     assert not followed
     assert not more  # nothing helped
+    assert not matched
     assert {merge_attack(job.attack).access for job in core + shelf} == {0}
     # Of both levels with data the first attacks, then the rest of both.
     assert [{job.level for job in wave} for wave in taught] == [{2}, {3}, {2}, {3}]
@@ -235,6 +236,35 @@ def test_the_merges_that_do_best_without_protection_are_tried_after_the_best_pre
     more = run(waves(1), found)[5]
     assert {(job.side, job.prepared) for job in more} == {("protected", "noise")}
     assert [job.attack for job in more] == good[::-1]
+
+
+@pytest.mark.parametrize(
+    ("gains", "prepared"),
+    [
+        ({"align-canonical-svd": 0.5, "noise": 0.2}, "align-canonical-svd > quantise-4"),
+        ({"noise": 0.5, "align-canonical-svd": 0.2}, "quantise-4"),  # not two small changes
+        ({}, "quantise-4"),
+    ],
+)
+def test_what_a_small_change_brought_the_unprotected_model_is_tried_on_the_protected_one(
+    gains: dict[str, float], prepared: str
+) -> None:
+    best = Job("ties", "plain", "quantise-4")
+
+    def found(job: Job) -> Row:
+        value = 0.9 if job == best else gains.get(job.prepared or "", 0.1) if job.side == "protected" else 0.3
+        return row(job.attack, job.side, (value, 0.9), prepared=job.prepared)
+
+    jobs = [Job("probe", "protected"), Job("ties", "plain"), Job("wide", "plain"), best]
+    jobs += [Job("probe", "protected", name) for name in gains]
+    assert waves().matched({job: found(job) for job in jobs}) == [Job("ties", "protected", prepared)]
+
+
+def test_what_an_alignment_brought_the_unprotected_model_is_not_copied() -> None:
+    jobs = [Job("ties", "plain", "anchor-independent"), Job("wide", "plain"), Job("ties", "protected", "noise")]
+    found = {job: row(job.attack, job.side, (0.9, 0.9), prepared=job.prepared) for job in jobs}
+    assert waves().matched(found) == []
+    assert waves().matched({}) == []
 
 
 def test_worth_counts_every_floor() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from report_document import CSS, HOSTILE, LONG, Node, Tree, document
 from unmergeable.audit.report import render
+from unmergeable.audit.report.tables import pairs
 from unmergeable.errors import InputError
 
 TAGS = {
@@ -134,6 +135,18 @@ def control_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any
     """The same chain on the unprotected model, else its merge alone."""
     controls = {tuple(one["chain"]): one for one in rows if one["side"] == "plain"}
     return controls.get(tuple(row["chain"])) or controls[row["chain"][-1],]
+
+
+def test_a_chain_stands_beside_what_is_left_of_it_on_the_unprotected_model() -> None:
+    def row(*chain: str, side: str = "protected") -> dict[str, Any]:
+        return {"chain": list(chain), "side": side, "level": 1, "test": None}
+
+    controls = [row("ties", side="plain"), row("quantise-4", "ties", side="plain")]
+    targets = [row("align", "quantise-4", "ties"), row("align", "ties"), row("align", "wide")]
+    (found,) = pairs([*controls, *targets])[0].values()
+    assert [(pair.row, pair.control, pair.own) for pair in found] == [
+        (targets[0], controls[1], False), (targets[1], controls[0], False), (targets[2], None, False),
+    ]  # fmt: skip
 
 
 def test_reservations_notes_and_reproduction(found: dict[str, Any], tree: Node) -> None:

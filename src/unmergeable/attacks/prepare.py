@@ -132,6 +132,7 @@ PREPARATIONS: tuple[Preparation, ...] = (
     ),
     Preparation("noise", "the mean of noisy copies", ("base",), change=noised),
 )  # fmt: skip
+THEN = " > "  # between the names of preparations that are made one after another
 # Several releases of one model as one: their mean as they are, and after all were brought to one form.
 COLLUDE, COLLUDE_ALIGNED = COLLUSIONS = ("collude", "collude-aligned")
 

@@ -43,8 +43,9 @@ def controlled(rows: list[Row], reference: Reference) -> list[Row]:
                     f"merges of the unprotected model reach {got} of both tasks, where {needed:.2f} shows that "
                     "the attack works at all"
                 )
-            if len(row.chain) > 1 and (why := _unproven(row.chain[0], proofs.get(row.chain[0]))):
-                reasons.append(f"{row.chain[0]}: {why}")
+            for name in row.chain[:-1]:
+                if why := _unproven(name, proofs.get(name)):
+                    reasons.append(f"{name}: {why}")
             if reasons:
                 row = replace(row, state="unreliable", reason="; ".join(reasons))
         checked.append(row)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..attacks.merges import Coefficients, Method
+from ..attacks.prepare import THEN
 from ..attacks.thief import MergeAttack, Pair, Subject, Thief
 from ..errors import InputError, UnmergeableError
 from ..merging import Merged
@@ -90,11 +91,11 @@ def explore(
     Args:
         bench, reference: models and tasks, and what values are relative to.
         attack, side: which attack, and what the thief holds.
-        prepared: what he does to the protected model first.
+        prepared: what he does to the protected model first; several names with `THEN` between them.
         starts: makes the merges that a repair begins with.
     """
     began = time.monotonic()
-    chain = (attack.name,) if prepared is None else (prepared, attack.name)
+    chain = (*(() if prepared is None else prepared.split(THEN)), attack.name)
     needs = attack.needs
     explorer = Explorer(bench, reference)
     thief: Thief | None = None

@@ -16,7 +16,7 @@ from typing import Any
 from ..attacks.blocks import Blocks
 from ..attacks.merges import PROBE_MERGE, Method
 from ..attacks.merges import Coefficients as Grid
-from ..attacks.prepare import COLLUSIONS, PREPARATIONS
+from ..attacks.prepare import COLLUSIONS, PREPARATIONS, THEN
 from ..attacks.repair import Repair
 from .rows import SIDES, Row, Side
 from .scores import Reference
@@ -27,6 +27,8 @@ PROOF = "proof"
 HELPS = 0.02
 # Alignments, and what part of the distance one must leave to be followed where no preparation helps.
 ANCHORED, NEARER = ("anchor-coupled", "anchor-coupled-other"), 0.8
+# Preparations that undo nothing, and change a model a little.
+CHANGES = frozenset(one.name for one in PREPARATIONS if one.change is not None)
 # Of the time that a budget leaves, what merges of level 0 may take before the best of them are followed up: a merge
 # that works without a lock and was not tried aligned would pass for protection.
 SHELF_SHARE = 0.6
@@ -109,6 +111,7 @@ class Waves:
         yield self._shelf
         if self.top >= 1:
             yield self.follow
+            yield self.matched
         taught = range(2, self.top + 1)
         for first in (True, False):
             for level in taught:
@@ -172,6 +175,34 @@ class Waves:
             for prepared in self.beam(found, side)[:1]:
                 jobs += [Job(name, side, prepared) for name in best[:FOLLOW]]
         return jobs
+
+    def matched(self, found: Found) -> list[Job]:
+        """What did best on the unprotected model after a small change of it, on the protected one as well.
+
+        After its best preparation: a thief who has undone a lock has what one of the unprotected model begins with.
+        Without these he would have fewer tries, which would pass for protection.
+        """
+        undone = [name for name in self.beam(found, "protected")[:1] if name not in CHANGES]
+        jobs = []
+        for job in self._best(found, "plain"):
+            if job.prepared in CHANGES:
+                jobs.append(Job(job.attack, "protected", THEN.join([*undone, job.prepared])))
+        return jobs
+
+    def _best(self, found: Found, side: Side) -> list[Job]:
+        """The merges of levels 0 and 1 that are best on a side above a floor, and by the worse of both values."""
+        known = [
+            (*self.reference.pair("validation", point.validation), job)
+            for job, row in found.items()
+            if job.side == side and job.level <= 1
+            for point in row.points
+        ]
+        best = [max(known, key=lambda one: min(one[:2]))] if known else []
+        for floor in self.reference.floors:
+            within = [one for one in known if one[1] >= floor]
+            if within:
+                best.append(max(within, key=lambda one: one[0]))
+        return list(dict.fromkeys(job for _, _, job in best))
 
     def _adaptive(self, found: Found) -> list[Job]:
         """Searches of level 1: on the model as it is, and after the best preparation where that matters."""

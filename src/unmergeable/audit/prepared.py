@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..attacks import attack
-from ..attacks.prepare import COLLUDE, COLLUDE_ALIGNED, OTHER, preparation
+from ..attacks.prepare import COLLUDE, COLLUDE_ALIGNED, OTHER, THEN, preparation
 from ..errors import InputError
 from ..merging.tensors import rename_like
 from ..stock import load_module, module_state
@@ -23,11 +23,24 @@ ALIGNMENT = "anchor-coupled"  # what releases are aligned by
 
 
 def prepared(bench: Bench, side: Side, name: str) -> dict[str, torch.Tensor]:
-    """The protected model of a side after a preparation, names as in the bench's.
+    """The protected model of a side after a preparation, names as in the bench's; changes in memory may follow it.
+
+    Args:
+        name: of a preparation, or of several with `THEN` between them.
 
     Raises:
         InputError: the preparation does not apply.
     """
+    first, *changes = name.split(THEN)
+    model = _first(bench, side, first)
+    for one in changes:
+        change = preparation(one).change
+        assert change is not None  # nothing but a change follows
+        model = change(model, bench.base, bench.seed)
+    return model
+
+
+def _first(bench: Bench, side: Side, name: str) -> dict[str, torch.Tensor]:
     model = bench.models[side]
     releases = [role for role in bench.models if role.startswith(RELEASE)]
     if name == COLLUDE:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..attacks.prepare import COLLUSIONS
+from ..attacks.prepare import COLLUSIONS, THEN
 from ..errors import InputError, RunError, UsageError
 from .bench import Bench, pick_workers
 from .config import RELEASE, Config, make_config, read_config
@@ -172,7 +172,8 @@ def _run(
         left_out += pursue(wave(found), end)
     if left_out:
         pursue(left_out, until)  # what a wave's share of the time was too short for
-        left_out += pursue(waves.follow(found), until)
+        for wave in (waves.follow, waves.matched):
+            left_out += pursue(wave(found), until)
     return found, [job for job in dict.fromkeys(left_out) if job not in found]
 
 
@@ -180,7 +181,8 @@ def _depends(known: Known, job: Job) -> dict[str, Any]:
     """Everything that a row depends on: the side says only which models are held."""
     fields = known.config.fields
     held = {"protected": ["protected"], "plain": ["plain"], "without": []}[job.side]
-    colluding = {job.prepared, *(start.prepared for start in job.starts)} & set(COLLUSIONS)
+    prepared = [job.prepared, *(start.prepared for start in job.starts)]
+    colluding = {name for one in prepared for name in (one or "").split(THEN)} & set(COLLUSIONS)
     releases = [role for role in known.hashes if role.startswith(RELEASE)] if colluding else []
     return {
         "tool": __version__,

@@ -58,7 +58,7 @@ class Pair:
     """An attack on the protected model, and its control on the unprotected one.
 
     own: whether the control is of the same chain. If that was not tried, a prepared attack stands beside the same
-    merge without its preparations: there is nothing to undo on that side.
+    merge without its first preparations, or without any: there is nothing to undo on that side.
     """
 
     row: Row
@@ -80,14 +80,15 @@ def pairs(rows: Iterable[Row]) -> tuple[dict[int, list[Pair]], list[Row]]:
             targets.append(row)
         else:
             alone.append(row)
-    simple = {chain[0]: found[0] for chain, found in controls.items() if len(chain) == 1}
+    shorter = {chain: found[0] for chain, found in controls.items()}
     levels: dict[int, list[Pair]] = defaultdict(list)
     for row in targets:
         chain = tuple(row["chain"])
         if controls[chain]:
             pair = Pair(row, controls[chain].pop(0), True)
         else:
-            pair = Pair(row, simple.get(chain[-1]) if len(chain) > 1 else None, False)
+            ends = (chain[begin:] for begin in range(1, len(chain)))
+            pair = Pair(row, next((shorter[end] for end in ends if end in shorter), None), False)
         levels[row["level"]].append(pair)
     alone = [row for left in controls.values() for row in left] + alone
     ordered = {
