@@ -75,7 +75,9 @@ def test_the_most_informative_comes_first() -> None:
     for first, rest in ((0, 2), (1, 3)):
         assert {job.attack for job in taught[first]} == set(FIRST[2 + first])
         assert not {job.attack for job in taught[first]} & {job.attack for job in taught[rest]}
-    assert {job.attack for wave in taught for job in wave if job.starts} == {f"repair-{each}" for each in EACH}
+    assert {job.attack for wave in taught for job in wave if job.starts} == {
+        f"repair-{each}" for each in EACH
+    }
 
 
 @pytest.mark.parametrize("top", [0, 1, 2, 3])
@@ -261,7 +263,11 @@ def test_what_a_small_change_brought_the_unprotected_model_is_tried_on_the_prote
 
 
 def test_what_an_alignment_brought_the_unprotected_model_is_not_copied() -> None:
-    jobs = [Job("ties", "plain", "anchor-independent"), Job("wide", "plain"), Job("ties", "protected", "noise")]
+    jobs = [
+        Job("ties", "plain", "anchor-independent"),
+        Job("wide", "plain"),
+        Job("ties", "protected", "noise"),
+    ]
     found = {job: row(job.attack, job.side, (0.9, 0.9), prepared=job.prepared) for job in jobs}
     assert waves().matched(found) == []
     assert waves().matched({}) == []

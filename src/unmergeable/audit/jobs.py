@@ -127,7 +127,9 @@ class Waves:
         if self.top >= 1:
             follow = BEAM * len(CORE) + (BEAM - 1) * len(CORE) + FOLLOW
             known += len(self._probes({})) + min(follow, len(self.shelf)) + len(self._adaptive({}))
-        taught = (len(self._taught({}, level, one)) for level in range(2, self.top + 1) for one in (True, False))
+        taught = (
+            len(self._taught({}, level, one)) for level in range(2, self.top + 1) for one in (True, False)
+        )
         return known + sum(taught)
 
     # --- waves -----------------------------------------------------------------------------------------------
