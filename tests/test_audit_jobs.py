@@ -66,7 +66,9 @@ def test_the_most_informative_comes_first() -> None:
     assert {job.attack for job in probes} == {"probe", PROOF}
     assert {job.prepared for job in probes} == {None, *(one.name for one in PREPARATIONS)}
     assert [job.attack for job in adaptive] == ["substitute-blocks"] * 2 + ["wide"] * 2
-    assert not followed
+    assert followed == [
+        Job("full_dose", "protected", "anchor-coupled")
+    ]  # more than a probe, where none helped
     assert not more  # nothing helped
     assert not matched
     assert {merge_attack(job.attack).access for job in core + shelf} == {0}

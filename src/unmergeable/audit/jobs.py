@@ -20,7 +20,7 @@ from ..attacks.prepare import COLLUSIONS, PREPARATIONS, THEN
 from ..attacks.repair import Repair
 from .rows import SIDES, Row, Side
 from .scores import Reference
-from .suite import BEAM, CORE, FIRST, FOLLOW, merge_attack, merge_attacks
+from .suite import BEAM, CORE, FIRST, FOLLOW, STANDS_ON, merge_attack, merge_attacks
 
 PROOF = "proof"
 # What a preparation must add to Σ over the floors of the best value before it is followed up.
@@ -157,14 +157,21 @@ class Waves:
         return jobs
 
     def _followed_first(self, found: Found) -> list[Job]:
-        """The first merges of level 0 again, after each preparation of the beam."""
+        """The first merges of level 0 again, after each preparation of the beam.
+
+        Where none helped there may be nothing to undo. That has to be seen of more than a probe, which may fail on the
+        unprotected model as well: the merge that level 0 stands on, after the attack that level 1 stands on.
+        """
         chosen = [name for name in self.shelf if name in CORE]
-        return [
+        jobs = [
             Job(name, side, prepared)
             for side in ("protected", "plain")
             for prepared in self.beam(found, side)
             for name in chosen
         ]
+        if STANDS_ON[1] in self.preparations and STANDS_ON[0] in chosen and not self.beam(found, "protected"):
+            jobs.append(Job(STANDS_ON[0], "protected", STANDS_ON[1]))
+        return jobs
 
     def follow(self, found: Found) -> list[Job]:
         """The merges of level 0 that do best on the unprotected model, after the best preparation."""

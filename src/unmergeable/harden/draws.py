@@ -33,8 +33,8 @@ JITTER = 0.3
 # kept at least.
 MIXED, THINNED, THIN = 0.35, 0.5, 0.2
 NEAR = 0.1  # a whole fine-tune alone, to within this, is no merge
-# Of language models: how often singular values are made even, and the coefficient of what comes of it, even on a scale
-# of logarithms: it does much where it is small. The direction's least part of all coefficients: with less a merge is the
+# Of language models: how often singular values are made even, and the coefficient of what comes of it, of a scale of
+# logarithms: it does much where it is small. The direction's least part of all coefficients: with less a merge is the
 # fine-tune over again, and no use to a thief.
 EVEN, SCALE, LEAST = 0.16, (0.05, 1.3), 0.13
 
