@@ -264,6 +264,14 @@ def test_what_a_small_change_brought_the_unprotected_model_is_tried_on_the_prote
     assert waves().matched({job: found(job) for job in jobs}) == [Job("ties", "protected", prepared)]
 
 
+def test_of_merges_that_are_as_good_the_one_counts_that_a_thief_takes() -> None:
+    some = {
+        Job("wide", "plain"): row("wide", "plain", (0.9, 0.8)),
+        Job("ties", "plain", "noise"): row("ties", "plain", (0.9, 0.9), prepared="noise"),
+    }
+    assert waves().matched(some) == [Job("ties", "protected", "noise")]
+
+
 def test_what_an_alignment_brought_the_unprotected_model_is_not_copied() -> None:
     jobs = [
         Job("ties", "plain", "anchor-independent"),

@@ -199,18 +199,21 @@ class Waves:
         return jobs
 
     def _best(self, found: Found, side: Side) -> list[Job]:
-        """The merges of levels 0 and 1 that are best on a side above a floor, and by the worse of both values."""
+        """The merges of levels 0 and 1 that are best on a side above a floor, and by the worse of both values.
+
+        Of merges that are as good, the one that gives more of the rest, as thieves choose.
+        """
         known = [
             (*self.reference.pair("validation", point.validation), job)
             for job, row in found.items()
             if job.side == side and job.level <= 1
             for point in row.points
         ]
-        best = [max(known, key=lambda one: min(one[:2]))] if known else []
+        best = [max(known, key=lambda one: (min(one[:2]), sum(one[:2])))] if known else []
         for floor in self.reference.floors:
             within = [one for one in known if one[1] >= floor]
             if within:
-                best.append(max(within, key=lambda one: one[0]))
+                best.append(max(within, key=lambda one: (one[0], sum(one[:2]))))
         return list(dict.fromkeys(job for _, _, job in best))
 
     def _adaptive(self, found: Found) -> list[Job]:
