@@ -302,9 +302,7 @@ itself, accuracy or minus nats a token.
 the locked attention whole and merges the MLPs: such merges are why more of it is recovered off the shelf than of the
 others.
 
-An `exact` lock comes off whole for whoever aligns it. Of `images` level 1 is below 1.00 all the same: merges of the
-unprotected model that quantised it to four bits first did better on few examples, by chance, and a thief who has to
-align a locked model has not tried those.
+An `exact` lock comes off whole for whoever aligns it.
 
 A budget flatters a lock: what it left out may be what gets through. Read the rows above that one cut short so.
 """
