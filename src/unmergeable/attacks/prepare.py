@@ -85,6 +85,14 @@ def noised(model: State, base: State, seed: int) -> dict[str, torch.Tensor]:
     return out
 
 
+THEN = " > "  # between the names of preparations that are made one after another
+
+
+def one_by_one(names: str | None) -> tuple[str, ...]:
+    """Preparations that are made one after another, by their names with `THEN` between them; none for None."""
+    return () if names is None else tuple(names.split(THEN))
+
+
 _ORDERS: tuple[str, Mapping[str, Any]] = ("align-permutation", {})
 
 
@@ -132,7 +140,6 @@ PREPARATIONS: tuple[Preparation, ...] = (
     ),
     Preparation("noise", "the mean of noisy copies", ("base",), change=noised),
 )  # fmt: skip
-THEN = " > "  # between the names of preparations that are made one after another
 # Several releases of one model as one: their mean as they are, and after all were brought to one form.
 COLLUDE, COLLUDE_ALIGNED = COLLUSIONS = ("collude", "collude-aligned")
 

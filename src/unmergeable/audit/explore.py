@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..attacks.merges import Coefficients, Method
-from ..attacks.prepare import THEN
+from ..attacks.prepare import one_by_one
 from ..attacks.thief import MergeAttack, Pair, Subject, Thief
 from ..errors import InputError, UnmergeableError
 from ..merging import Merged
@@ -95,7 +95,7 @@ def explore(
         starts: makes the merges that a repair begins with.
     """
     began = time.monotonic()
-    chain = (*(() if prepared is None else prepared.split(THEN)), attack.name)
+    chain = (*one_by_one(prepared), attack.name)
     needs = attack.needs
     explorer = Explorer(bench, reference)
     thief: Thief | None = None

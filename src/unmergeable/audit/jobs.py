@@ -16,9 +16,10 @@ from typing import Any
 from ..attacks.blocks import Blocks
 from ..attacks.merges import PROBE_MERGE, Method
 from ..attacks.merges import Coefficients as Grid
-from ..attacks.prepare import COLLUSIONS, PREPARATIONS, THEN
+from ..attacks.prepare import COLLUSIONS, PREPARATIONS, THEN, one_by_one
 from ..attacks.repair import Repair
-from .rows import SIDES, Row, Side
+from .finalists import finalists
+from .rows import SIDES, Look, Row, Side
 from .scores import Reference
 from .suite import BEAM, CORE, FIRST, FOLLOW, STANDS_ON, merge_attack, merge_attacks
 
@@ -70,8 +71,7 @@ class Job:
     @property
     def label(self) -> str:
         """For people."""
-        chain = self.attack if self.prepared is None else f"{self.prepared} > {self.attack}"
-        return f"{chain}, {self.side}"
+        return f"{THEN.join([*one_by_one(self.prepared), self.attack])}, {self.side}"
 
     def as_dict(self) -> dict[str, Any]:
         """For the key of its row."""
@@ -163,13 +163,10 @@ class Waves:
         unprotected model as well: the merge that level 0 stands on, after the attack that level 1 stands on.
         """
         chosen = [name for name in self.shelf if name in CORE]
-        jobs = [
-            Job(name, side, prepared)
-            for side in ("protected", "plain")
-            for prepared in self.beam(found, side)
-            for name in chosen
-        ]
-        if STANDS_ON[1] in self.preparations and STANDS_ON[0] in chosen and not self.beam(found, "protected"):
+        sides: tuple[Side, ...] = ("protected", "plain")
+        beams = {side: self.beam(found, side) for side in sides}
+        jobs = [Job(name, side, prepared) for side in sides for prepared in beams[side] for name in chosen]
+        if STANDS_ON[1] in self.preparations and STANDS_ON[0] in chosen and not beams["protected"]:
             jobs.append(Job(STANDS_ON[0], "protected", STANDS_ON[1]))
         return jobs
 
@@ -192,29 +189,19 @@ class Waves:
         Without these he would have fewer tries, which would pass for protection.
         """
         undone = [name for name in self.beam(found, "protected")[:1] if name not in CHANGES]
-        jobs = []
-        for job in self._best(found, "plain"):
-            if job.prepared in CHANGES:
-                jobs.append(Job(job.attack, "protected", THEN.join([*undone, job.prepared])))
-        return jobs
-
-    def _best(self, found: Found, side: Side) -> list[Job]:
-        """The merges of levels 0 and 1 that are best on a side above a floor, and by the worse of both values.
-
-        Of merges that are as good, the one that gives more of the rest, as thieves choose.
-        """
         known = [
-            (*self.reference.pair("validation", point.validation), job)
+            (job, Look(point.options, *self.reference.pair("validation", point.validation)))
             for job, row in found.items()
-            if job.side == side and job.level <= 1
+            if job.side == "plain" and job.level <= 1
             for point in row.points
         ]
-        best = [max(known, key=lambda one: (min(one[:2]), sum(one[:2])))] if known else []
-        for floor in self.reference.floors:
-            within = [one for one in known if one[1] >= floor]
-            if within:
-                best.append(max(within, key=lambda one: (one[0], sum(one[:2]))))
-        return list(dict.fromkeys(job for _, _, job in best))
+        best = finalists([look for _, look in known], self.reference.floors, least=1)
+        jobs = dict.fromkeys(known[number][0] for number in best)
+        return [
+            Job(job.attack, "protected", THEN.join([*undone, job.prepared]))
+            for job in jobs
+            if job.prepared in CHANGES
+        ]
 
     def _adaptive(self, found: Found) -> list[Job]:
         """Searches of level 1: on the model as it is, and after the best preparation where that matters."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..attacks import attack
-from ..attacks.prepare import COLLUDE, COLLUDE_ALIGNED, OTHER, THEN, preparation
+from ..attacks.prepare import COLLUDE, COLLUDE_ALIGNED, OTHER, one_by_one, preparation
 from ..errors import InputError
 from ..merging.tensors import rename_like
 from ..stock import load_module, module_state
@@ -31,7 +31,7 @@ def prepared(bench: Bench, side: Side, name: str) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the preparation does not apply.
     """
-    first, *changes = name.split(THEN)
+    first, *changes = one_by_one(name)
     model = _first(bench, side, first)
     for one in changes:
         change = preparation(one).change

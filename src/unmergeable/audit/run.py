@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..attacks.prepare import COLLUSIONS, THEN
+from ..attacks.prepare import COLLUSIONS, one_by_one
 from ..errors import InputError, RunError, UsageError
 from .bench import Bench, pick_workers
 from .config import RELEASE, Config, make_config, read_config
@@ -182,7 +182,7 @@ def _depends(known: Known, job: Job) -> dict[str, Any]:
     fields = known.config.fields
     held = {"protected": ["protected"], "plain": ["plain"], "without": []}[job.side]
     prepared = [job.prepared, *(start.prepared for start in job.starts)]
-    colluding = {name for one in prepared for name in (one or "").split(THEN)} & set(COLLUSIONS)
+    colluding = {name for names in prepared for name in one_by_one(names)} & set(COLLUSIONS)
     releases = [role for role in known.hashes if role.startswith(RELEASE)] if colluding else []
     return {
         "tool": __version__,
