@@ -130,6 +130,47 @@ def test_thinned_factors_keep_their_sum() -> None:
     assert float((mean - before).abs().mean()) < 0.1 * float(before.abs().mean())
 
 
+@pytest.mark.parametrize(
+    "mix", [None, Mix(0.5, trim=True, elect=True), Mix(0.7, cut=True)], ids=["sum", "ties", "dare_svd"]
+)
+def test_passes_in_bfloat16_are_of_merges_in_float32(mix: Mix | None) -> None:
+    """Decompositions know no bfloat16, and a merge is no better than what it was computed in."""
+    module, weights = pair()
+    images, labels = thief_cases.pictures(thief_cases.PROTECTED, 8, 5)
+    direction = Directions([], ("random",), 3).draw(weights.vector())
+    draw = replace(Draw.whole(weights.shapes, 0.7, 0.4), mix=mix, even=mix is None)
+    found, slopes = [], []
+    for lower in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            vector = weights.vector()
+            with weights.merged(draw, direction):
+                seen = module.get_base_model().vit.state_dict() | weights.parameters
+                found.append({name: one.detach().clone() for name, one in {**seen, **vector}.items()})
+                torch.nn.functional.cross_entropy(module(pixel_values=images).logits, labels).backward()
+        slopes.append({name: one.grad for name, one in weights.parameters.items()})
+        for one in weights.parameters.values():
+            one.grad = None
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
+    for name, one in slopes[0].items():
+        assert one is not None
+        assert torch.allclose(one, slopes[1][name], atol=0.1 * float(one.abs().max()))
+
+
+def test_an_adapter_is_measured_as_it_will_be_written(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    module, weights = pair()
+    module.save_pretrained(tmp_path, selected_adapters=["default"])
+    path = tmp_path / "adapter_model.safetensors"
+    stored = {name: one.bfloat16() for name, one in load_file(path).items()}
+    save_file(stored, path)
+    weights.round(tmp_path)
+    assert sum(torch.equal(one, one.bfloat16().float()) for one in weights.parameters.values()) == len(stored)
+    rounded = {str(one.flatten()[:5].tolist()) for one in weights.parameters.values()}
+    assert rounded == {str(one.float().flatten()[:5].tolist()) for one in stored.values()}
+
+
 def sloping(mix: Mix, own: float, other: float) -> tuple[LoraWeights, Callable[[], float]]:
     """An adapter, and the loss of a merge of it: gradients are left behind."""
     module, weights = pair()

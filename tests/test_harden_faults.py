@@ -16,12 +16,17 @@ import hardened
 import thief_cases
 from hardened import PROTECTED, harden
 from unmergeable.errors import ClaimError, InputError, RunError, UsageError
+from unmergeable.harden import owner as owner_module
 from unmergeable.harden import release as release_module
 from unmergeable.harden import train as train_module
 from unmergeable.harden.draws import Draw
 from unmergeable.harden.merged import Weights, freeze_statistics, modes_kept
 from unmergeable.harden.objectives import Plain
+from unmergeable.harden.owner import KINDS
+from unmergeable.harden.wrapper import Hardening
 from unmergeable.merging.tensors import load_state
+from unmergeable.stock import module_state
+from unmergeable.tasks import open_task
 from unmergeable.tasks.task import TensorTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -111,7 +116,7 @@ def test_files_beside_the_checkpoints_stay(models: Path, tmp_path: Path) -> None
 def test_a_fine_tune_that_is_none_any_more_is_not_written(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ClaimError, match="more than half of what the fine-tune is worth"):
         harden(models, tmp_path / "out", steps=20, rate=1.0, objective="plain")
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []  # no checkpoints either: nothing goes on from them
     report = harden(models, tmp_path / "out", steps=20, rate=1.0, objective="plain", max_loss=100.0)
     assert report.loss > 30
     assert any("worse at its task" in note for note in report.notes)
@@ -191,8 +196,8 @@ def in_bf16(run: Callable[[], Any]) -> Any:
 def test_every_merge_has_its_own_weights_in_mixed_precision() -> None:
     """autocast keeps what it has cast: a second merge would be computed with the first one's."""
     module = thief_cases.trained()[PROTECTED]
-    parameters = {n: p for n, p in module.named_parameters() if n.startswith("vit.")}
-    weights = Weights(parameters, thief_cases.trained()["base"].state_dict())
+    body = [name for name, _ in module.named_parameters() if name.startswith("vit.")]
+    weights = Weights(module, thief_cases.trained()["base"].state_dict(), body)
     images, labels = thief_cases.pictures(PROTECTED, 24, 5)
 
     def pass_of(own: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +207,7 @@ def test_every_merge_has_its_own_weights_in_mixed_precision() -> None:
         with weights.merged(Draw.whole(weights.shapes, own), {}):
             logits = module(pixel_values=images).logits
             torch.nn.functional.cross_entropy(logits.float(), labels).backward()
-        return logits.detach(), parameters[name].grad.clone()  # type: ignore[union-attr]
+        return logits.detach(), weights.parameters[name].grad.clone()  # type: ignore[union-attr]
 
     alone = [in_bf16(partial(pass_of, own)) for own in (0.1, 1.0)]
     both = in_bf16(lambda: [pass_of(own) for own in (0.1, 1.0)])
@@ -225,6 +230,49 @@ def test_statistics_of_norms_are_left_alone() -> None:
         assert (module[1].training, module[2].training) == (False, True)
     assert not any(one.training for one in module.modules())
     assert all(torch.equal(buffer, before[name]) for name, buffer in module[1].named_buffers())
+
+
+def test_what_norms_have_seen_is_merged_as_everything_else() -> None:
+    """As every merge of models does: the base's weights with the fine-tune's statistics are not the base."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    torch.manual_seed(0)
+    base, fine = (ResNetForImageClassification(config) for _ in range(2))
+    pictures = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        for scale, module in ((1.0, base), (3.0, fine)):
+            for _ in range(9):
+                module(scale * pictures)
+    before = {name: one.clone() for name, one in module_state(fine).items()}
+    hardening = Hardening(fine.eval(), module_state(base.eval()))
+    assert any(name.endswith("running_var") for name in hardening.weights.shapes)
+    hardening.weights._module.float()  # which makes other buffers of them
+    with torch.no_grad():
+        with hardening.weights.merged(Draw.whole(hardening.weights.shapes, 0.0), {}):
+            assert torch.allclose(fine(pictures).logits, base(pictures).logits, atol=1e-5)
+        vector = hardening.weights.vector()
+        far = Draw.whole(hardening.weights.shapes, 1.0, -9.0)
+        with hardening.weights.merged(far, vector):
+            assert bool(torch.isfinite(fine(pictures).logits).all())
+    assert hardening.backward({"pixel_values": pictures, "labels": torch.arange(8) % 3}) > 0
+    assert all(torch.equal(one, before[name]) for name, one in module_state(fine).items())
+
+
+def test_files_may_be_sorted(models: Path, tmp_path: Path) -> None:
+    """By class or by document: what is held out is of all of it."""
+    rest = dict(np.load(models / f"{PROTECTED}-train.npz"))
+    order = np.argsort(rest["labels"], kind="stable")
+    for name, part in (("train", slice(0, None, 2)), ("held", slice(1, None, 2))):
+        np.savez(tmp_path / f"{name}.npz", **{key: value[order[part]] for key, value in rest.items()})
+    fields = {"kind": KINDS[0], "data": str(tmp_path / "held.npz")}
+    for more in ({}, {"train": {"data": str(tmp_path / "train.npz")}}):
+        task = open_task("t", {**fields, **more}, folder=tmp_path, model=models / PROTECTED)
+        assert isinstance(task, TensorTask)
+        _, held = owner_module._halves(task)
+        assert len(set(held.labels[:20].tolist())) > 1
 
 
 def test_notes_reach_the_command_line(

@@ -68,7 +68,8 @@ class Linear:
 def owner() -> Any:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Dropout(0.5))
-    weights = Weights(dict(module.named_parameters()), {n: p.detach() for n, p in module.named_parameters()})
+    own = dict(module.named_parameters())
+    weights = Weights(module, own, own)
     return SimpleNamespace(module=module.eval(), weights=weights, task=Linear())
 
 

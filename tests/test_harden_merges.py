@@ -36,8 +36,8 @@ def copied(task: str = thief_cases.PROTECTED) -> Any:
 def opened() -> tuple[Any, Weights]:
     module = copied()
     base = module_state(thief_cases.trained()["base"])
-    body = {name: one for name, one in module.named_parameters() if name.startswith("vit.")}
-    return module, Weights(body, base)
+    body = [name for name, _ in module.named_parameters() if name.startswith("vit.")]
+    return module, Weights(module, base, body)
 
 
 def answered(module: Any, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from unmergeable.harden.directions import Directions
 from unmergeable.harden.draws import Draws
 from unmergeable.harden.objectives import (
     LEAST,
+    Plain,
     Repel,
     Step,
     Trap,
@@ -246,6 +247,63 @@ def test_a_batch_in_which_nothing_counts() -> None:
     assert hardening.backward(inputs) == 0.0
     assert all(one.grad is None for one in hardening.weights.parameters.values())
     assert hardening.backward({**inputs, "labels": given.batch.labels}) > 0
+
+
+def test_a_part_of_a_batch_in_which_nothing_counts() -> None:
+    labels = torch.full((2, 3), IGNORED)
+    assert float(unlikelihood(torch.randn(2, 3, 4), labels)) == 0.0
+
+
+def test_a_models_own_tensors_may_be_its_base() -> None:
+    """Of a training that begins at the base: what is trained is not the base that it is compared with."""
+    module = thief_cases.model(3)
+    hardening = Hardening(module, module.state_dict())
+    with torch.no_grad():
+        for one in module.parameters():
+            one.add_(0.1)
+    assert all(float(delta.norm()) > 0 for delta in hardening.weights.vector().values())
+
+
+def test_which_logits_labels_are_for() -> None:
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        BertForTokenClassification,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    small = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    tokens = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[int, ...]] = []
+
+    class Looks(Plain):
+        def add(self, given: Step, strength: float) -> float:
+            seen.append((*given.batch.labels.shape, *given.task.logits(given.call, given.batch).shape[1:2]))
+            return 0.0
+
+    for kind, config, wide in (
+        (LlamaForCausalLM, LlamaConfig(**small, num_attention_heads=2, num_key_value_heads=2), 5),
+        (BertForTokenClassification, BertConfig(**small, num_attention_heads=2), 6),
+        (BertForMaskedLM, BertConfig(**small, num_attention_heads=2), 6),
+    ):
+        module = kind(config)
+        hardening = Hardening(module, module.state_dict())
+        hardening.objective = Looks()
+        hardening.backward({"input_ids": tokens, "labels": tokens % 2})
+        assert seen.pop() == (4, wide, wide)
+        with pytest.raises(UsageError, match="labels that are no classes"):
+            hardening.backward({"input_ids": tokens, "labels": tokens.float()})
+
+    class Own(LlamaForCausalLM):  # type: ignore[misc]
+        pass
+
+    own = Own(LlamaConfig(**small, num_attention_heads=2, num_key_value_heads=2))
+    hardening = Hardening(own, own.state_dict())
+    with pytest.raises(UsageError, match="not known which logits"):
+        hardening.backward({"input_ids": tokens, "labels": tokens})
+    hardening.next_token = True
+    assert hardening.backward({"input_ids": tokens, "labels": tokens}) > 0
 
 
 def test_draws_of_a_step_are_always_the_same() -> None:

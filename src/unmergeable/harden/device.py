@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ def accelerating(device: str, precision: str) -> Iterator[Accelerator]:
     able = placed.type == "cuda" and torch.cuda.is_bf16_supported()
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and able) else "no"
     ours = not AcceleratorState._shared_state
+    # accelerate takes the process's GPU, whichever was asked for.
+    chosen = torch.cuda.device(placed) if placed.type == "cuda" else nullcontext()
     try:
         made = Accelerator(cpu=placed.type == "cpu", mixed_precision=mixed)
     except ValueError as error:
@@ -41,7 +43,8 @@ def accelerating(device: str, precision: str) -> Iterator[Accelerator]:
             hint="harden in a process of its own, or by `Hardening` in a loop of yours",
         ) from error
     try:
-        yield made
+        with chosen:
+            yield made
     finally:
         if ours:
             AcceleratorState._reset_state(reset_partial_state=True)

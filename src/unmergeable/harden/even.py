@@ -14,6 +14,7 @@ import torch
 
 from ..merging.spectral import as_matrix
 from .draws import Draw
+from .exact import exact
 
 if TYPE_CHECKING:
     from ..merging import State
@@ -52,9 +53,10 @@ def even(matrix: torch.Tensor) -> torch.Tensor:
     wide = flat.shape[-2] <= flat.shape[-1]
     found = flat if wide else flat.mT
     found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
-    for first, second, third in TURNS:
-        square = found @ found.mT
-        found = first * found + (second * square + third * square @ square) @ found
+    with exact(matrix):
+        for first, second, third in TURNS:
+            square = found @ found.mT
+            found = first * found + (second * square + third * square @ square) @ found
     factor = found if wide else found.mT
     mean = (factor * flat).sum((-2, -1), keepdim=True) / min(flat.shape[-2:])
     return (mean * factor).reshape(matrix.shape)

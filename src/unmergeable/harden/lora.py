@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..merging.vectors import CONFIG, PREFIX, WEIGHTS, lora_scale
 from .draws import Draw
 from .even import evened
+from .exact import exact
 from .merged import Weights, _placed
 from .mix import Mix, Part, leading, parts
 
@@ -59,7 +60,7 @@ class LoraWeights(Weights):
             parameters[f"{name} A"] = layer.lora_A[adapter].weight
             parameters[f"{name} B"] = layer.lora_B[adapter].weight
         self.parameters = parameters
-        self._kept = {}
+        self._module, self._statistics, self._kept = module, (), {}
 
     @property
     def base(self) -> dict[str, torch.Tensor]:  # type: ignore[override]
@@ -74,7 +75,9 @@ class LoraWeights(Weights):
 
     def deltas(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, layer in self.layers.items():
-            product = layer.lora_B[self.adapter].weight @ layer.lora_A[self.adapter].weight
+            rows = layer.lora_B[self.adapter].weight
+            with exact(rows):
+                product = rows @ layer.lora_A[self.adapter].weight
             yield name, layer.scaling[self.adapter] * product
 
     def vector(self) -> dict[str, torch.Tensor]:
@@ -106,7 +109,7 @@ class LoraWeights(Weights):
             module = name.removesuffix(".weight")
             for letter in "AB":
                 like = self.parameters[f"{name} {letter}"]
-                one = tensors.get(f"{PREFIX}{module}.lora_{letter}.weight")
+                one = tensors.get(_stored(name, letter))
                 if one is None or one.shape != like.shape:
                     return {}
                 rank = self.parameters[f"{name} A"].shape[0]
@@ -185,8 +188,10 @@ class LoraWeights(Weights):
                     other, weights = direction[name].to(update), (float(draw.own[name]), draw.other[name])
                     part, rest = parts(update, other, weights, mix, generator)
                     total = part * update + rest * other
-                    span = leading(total, len(first), generator)
-                    rows.data, first.data = span, span.T @ total / self.layers[name].scaling[self.adapter]
+                    with exact(total):
+                        span = leading(total, len(first), generator)
+                        inside = span.T @ total
+                    rows.data, first.data = span, inside / self.layers[name].scaling[self.adapter]
                     # As large as the layer, until the backward pass is done: few numbers, so that half the bits do.
                     own[name] = part.half() if isinstance(part, torch.Tensor) else part
             yield
@@ -197,10 +202,20 @@ class LoraWeights(Weights):
                         continue
                     # U Uᵀ G + (1 − U Uᵀ) G V Vᵀ, of G, the gradient of the sum; B = U, and V spans the rows of A.
                     span, kept = rows.data, first.data
-                    besides = rows.grad - span @ (span.T @ rows.grad)
-                    inside = own[name] * (span @ first.grad + besides @ torch.linalg.pinv(kept).T)
-                    first.grad = self._kept[f"{name} B"].T @ inside
-                    rows.grad = inside @ self._kept[f"{name} A"].T
+                    with exact(span):
+                        besides = rows.grad - span @ (span.T @ rows.grad)
+                        inside = own[name] * (span @ first.grad + besides @ torch.linalg.pinv(kept).T)
+                        first.grad = self._kept[f"{name} B"].T @ inside
+                        rows.grad = inside @ self._kept[f"{name} A"].T
+
+    def round(self, folder: Path) -> None:
+        """The factors as an adapter's dtypes will hold them."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(folder / WEIGHTS)
+        with torch.no_grad():
+            for key, one in self.parameters.items():
+                one.copy_(one.to(tensors[_stored(*key.rsplit(" ", 1))].dtype))
 
     def slopes(self) -> dict[str, float]:
         found = {}
@@ -212,3 +227,8 @@ class LoraWeights(Weights):
     def _oriented(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
         """Outputs × inputs from the layer's own layout, and back."""
         return weight.data.T if layer.fan_in_fan_out else weight.data
+
+
+def _stored(name: str, letter: str) -> str:
+    """What a factor of a layer's update is called in an adapter's file."""
+    return f"{PREFIX}{name.removesuffix('.weight')}.lora_{letter}.weight"

@@ -6,7 +6,7 @@ for ten merges as for one. No forward pass is kept while another one runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,31 +18,45 @@ from .even import evened
 if TYPE_CHECKING:
     from ..merging import State
 
+# A sum of task vectors may leave less than no variance, of which no norm makes a number.
+VARIANCE = "running_var"
+
 
 class Weights:
     """The weights of a fine-tune that merges share, and those of its base.
 
     Args:
-        parameters: by name; trained in place.
-        base: by the same names.
+        module: the fine-tune. base: by the names of the module's tensors.
+        parameters: names of those that are trained, in place. statistics: names of what a norm has seen
+            (`running_mean`, …), which merges share as well, and training leaves as it is.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], base: State) -> None:
-        self.parameters = dict(parameters)
+    def __init__(
+        self, module: torch.nn.Module, base: State, parameters: Iterable[str], statistics: Iterable[str] = ()
+    ) -> None:
+        named = dict(module.named_parameters())
+        self.parameters = {name: named[name] for name in parameters}
+        self._module, self._statistics = module, tuple(statistics)
+        # Copies: a model's own tensors, given as its base, would be trained with it.
         self.base = {
-            name: base[name].detach().to(parameter.device, parameter.dtype)
-            for name, parameter in self.parameters.items()
+            name: base[name].detach().to(one.device, one.dtype, copy=True)
+            for name, one in self.tensors.items()
         }
         self._kept: dict[str, torch.Tensor] = {}
 
     @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that merges share, by name. A module that moves has other buffers afterwards."""
+        return {**self.parameters, **{name: self._module.get_buffer(name) for name in self._statistics}}
+
+    @property
     def shapes(self) -> dict[str, torch.Size]:
         """What coefficients are drawn for, by name; one a row is one along the first axis."""
-        return {name: one.shape for name, one in self.parameters.items()}
+        return {name: one.shape for name, one in self.tensors.items()}
 
     def deltas(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The task vector, tensor by tensor, differentiable."""
-        for name, one in self.parameters.items():
+        for name, one in self.tensors.items():
             yield name, one - self.base[name]
 
     def vector(self) -> dict[str, torch.Tensor]:
@@ -52,7 +66,7 @@ class Weights:
 
     def _follow_device(self) -> None:
         """A Trainer puts its model elsewhere after this was made of it."""
-        for name, one in self.parameters.items():
+        for name, one in self.tensors.items():
             self.base[name] = self.base[name].to(one.device)
 
     @property
@@ -64,7 +78,7 @@ class Weights:
         """What a further fine-tune adds to the base, by the names and shapes of `vector()`; 0 where it adds nothing."""
         return {
             name: vector[name].to(one.device) if name in vector else torch.zeros_like(one)
-            for name, one in self.parameters.items()
+            for name, one in self.tensors.items()
         }
 
     def copy(self) -> dict[str, torch.Tensor]:
@@ -97,21 +111,22 @@ class Weights:
         self._follow_device()
         if draw.even:
             draw, direction = evened(draw, direction, self.vector())
-        names, parameters = list(self.parameters), list(self.parameters.values())
-        own = [_placed(draw.own[name], one) for name, one in self.parameters.items()]
+        shared = self.tensors
+        names, tensors = list(shared), list(shared.values())
+        own = [_placed(draw.own[name], one) for name, one in shared.items()]
         with self._set_aside():
             with torch.no_grad():
                 origins = [self.base[name] for name in names]
                 # One call for all tensors: on a GPU a call costs more than the arithmetic of a small tensor.
-                merged = torch._foreach_sub([one.data for one in parameters], origins)
+                merged = torch._foreach_sub([one.data for one in tensors], origins)
                 _scale(merged, own)
                 torch._foreach_add_(merged, origins)
                 _add(merged, [(draw.other[n], direction[n]) if draw.other[n] else None for n in names])
-                for one, weight in zip(parameters, merged, strict=True):
-                    one.data = weight
+                for name, one, weight in zip(names, tensors, merged, strict=True):
+                    one.data = weight.clamp(min=0) if name.endswith(VARIANCE) else weight
             yield
             with torch.no_grad():
-                found = [(one.grad, part) for one, part in zip(parameters, own, strict=True)]
+                found = [(one.grad, part) for one, part in zip(tensors, own, strict=True)]
                 held = [(gradient, part) for gradient, part in found if gradient is not None]
                 if held:
                     _scale([gradient for gradient, _ in held], [part for _, part in held])
@@ -120,7 +135,7 @@ class Weights:
         """Inside of `merged`, after a backward pass: the derivative by every tensor's own coefficient."""
         return {
             name: 0.0 if one.grad is None else float((one.grad * (self._kept[name] - self.base[name])).sum())
-            for name, one in self.parameters.items()
+            for name, one in self.tensors.items()
         }
 
     @contextmanager
@@ -128,9 +143,10 @@ class Weights:
         """Weights and gradients come back as they were; gradients that are there at the end are added to them."""
         # What autocast has cast of the weights is of those that were there: neither of these, nor of what was before.
         torch.clear_autocast_cache()
-        self._kept = {name: one.data for name, one in self.parameters.items()}
-        gradients = {name: one.grad for name, one in self.parameters.items()}
-        for one in self.parameters.values():
+        tensors = self.tensors
+        self._kept = {name: one.data for name, one in tensors.items()}
+        gradients = {name: one.grad for name, one in tensors.items()}
+        for one in tensors.values():
             one.grad = None
         failed = True
         try:
@@ -139,7 +155,7 @@ class Weights:
         finally:
             with torch.no_grad():
                 sums, added = [], []
-                for name, one in self.parameters.items():
+                for name, one in tensors.items():
                     before, found = gradients[name], None if failed else one.grad
                     one.data = self._kept[name]
                     one.grad = found if before is None else before
@@ -150,6 +166,11 @@ class Weights:
                     torch._foreach_add_(sums, added)
             self._kept = {}
             torch.clear_autocast_cache()
+
+
+def statistics(module: torch.nn.Module, shared: Container[str]) -> list[str]:
+    """Of the tensors that merges share, the numbers that are no parameters."""
+    return [name for name, one in module.named_buffers() if name in shared and one.is_floating_point()]
 
 
 @contextmanager

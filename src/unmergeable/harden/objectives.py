@@ -255,7 +255,7 @@ def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits, labels = logits.float().flatten(0, -2), labels.flatten()
     counted = labels != IGNORED
     right = torch.softmax(logits[counted], -1).gather(1, labels[counted, None])[:, 0]
-    return -(1 - right + LEAST).log().mean()
+    return -(1 - right + LEAST).log().sum() / counted.sum().clamp(min=1)
 
 
 @torch.no_grad()

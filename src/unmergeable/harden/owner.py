@@ -21,7 +21,7 @@ from ..tasks import open_task
 from ..tasks.task import Examples, TensorTask
 from .draws import Draws
 from .lora import LoraWeights
-from .merged import Weights
+from .merged import Weights, statistics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,7 +48,7 @@ class Owner:
         accelerator: says the device, and in which precision passes are run.
 
     Attributes:
-        module: the fine-tune's. adapter: whether it is one. weights: what is trained, and the base's.
+        expert: as given. module: the fine-tune's. adapter: whether it is one. weights: what is trained, and the base's.
         task: scores on held-out examples: where the task's fields have `train:`, on all of `data`, else on a tenth of
             it. training: the others.
         vectors: of the further models.
@@ -67,7 +67,7 @@ class Owner:
         work: Path,
         accelerator: Accelerator,
     ) -> None:
-        self.device = accelerator.device
+        self.device, self.expert = accelerator.device, expert
         self.adapter = is_adapter(expert)
         self.stored = _stored(base if self.adapter else expert)
         self._check_memory(sum(count for count, _ in self.stored.values()), len(models))
@@ -99,7 +99,8 @@ class Owner:
 
     def round(self) -> None:
         """The weights as the checkpoint's dtypes will hold them: what is measured is then what is written."""
-        if self.adapter:
+        if isinstance(self.weights, LoraWeights):
+            self.weights.round(self.expert)
             return
         narrowest = min((dtype for _, dtype in self.stored.values()), key=lambda one: one.itemsize)
         with torch.no_grad():
@@ -126,13 +127,13 @@ class Owner:
     def _whole(self, held: State, origin: State, expert: Path) -> Weights:
         """All weights that the base has, and no others, are trained."""
         shared = split(origin, {"the fine-tune": held}).shared
-        parameters = {name: one for name, one in self.module.named_parameters() if name in shared}
+        parameters = [name for name, _ in self.module.named_parameters() if name in shared]
         if not parameters:
             raise InputError("nothing that the base has can be trained", where=expert)
         for name, one in self.module.named_parameters():
             one.requires_grad_(name in parameters)
         self.module.to(self.device)
-        return Weights(parameters, origin)
+        return Weights(self.module, origin, parameters, statistics(self.module, shared))
 
     def _adapted(self, expert: Path) -> LoraWeights:
         """The adapter's low-rank matrices are trained, and nothing else."""
@@ -178,11 +179,12 @@ def _halves(task: TensorTask) -> tuple[Examples, Examples]:
             raise InputError(
                 f"too few examples to {what}", where=task.name, expected=f"at least {LEAST}", got=count
             )
-    if task.training is not None:
-        return training, task.evaluation[:MOST]
-    count = len(training)
-    held = min(max(round(HELD * count), min(FEW, round(3 * HELD * count))), MOST)
+    # Files may be sorted, by class or by document.
+    count = len(task.evaluation)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    if task.training is not None:
+        return training, task.evaluation[order[:MOST]]
+    held = min(max(round(HELD * count), min(FEW, round(3 * HELD * count))), MOST)
     return task.evaluation[order[:-held]], task.evaluation[order[-held:]]
 
 

@@ -140,6 +140,7 @@ def run_harden(
                 progress,
             )  # fmt: skip
         if taken is None or state is None:
+            clear(folder)  # nothing goes on from here: whatever the owner changes is another training
             raise _refused(source, trials, measure, max_loss)
         if beside is not None and plain is not None:
             owner.weights.load(plain.weights)

@@ -27,13 +27,17 @@ from ..tasks.task import IGNORED, Call, Examples, cross_entropy, hidden_states
 from .directions import Directions, check_made
 from .draws import Draws
 from .lora import LoraWeights
-from .merged import Weights, freeze_statistics, modes_kept
+from .merged import Weights, freeze_statistics, modes_kept, statistics
 from .objectives import Step, objective
 
 if TYPE_CHECKING:
     from ..merging import State
 
     Model = str | os.PathLike[str] | State
+
+# Endings of classes with labels for positions: whose logits are for the label there, and which have texts beside
+# pictures or sound, and predict the next token of them.
+ALIGNED, SHIFTED = ("ForMaskedLM", "ForTokenClassification"), "ForConditionalGeneration"
 
 
 class Hardening:
@@ -47,8 +51,7 @@ class Hardening:
         strength: its factor.
         proxies: fine-tunes of the base in the place of a thief's: folders (of LoRA adapters too), or tensors.
         made: directions that are made up beside them: `random`, `spectrum`.
-        next_token: whether logits at a position are for the next label; of labels with positions they are, unless the
-            model has an encoder and a decoder.
+        next_token: whether logits at a position are for the next label; if not given, the model's class says it.
         seed: of everything random.
 
     Raises:
@@ -100,23 +103,24 @@ class Hardening:
             backward: of a loss; accelerate's, where that is used.
 
         Raises:
-            UsageError: no labels.
+            UsageError: no labels, or ones that are no classes, or that it cannot be said which logits they are for.
         """
         if "labels" not in inputs:
             raise UsageError("a batch without labels", expected="labels", got=", ".join(inputs))
         labels = inputs["labels"]
+        if labels.is_floating_point():
+            what = "labels that are no classes"
+            raise UsageError(what, where="labels", expected="integers", got=str(labels.dtype))
         if not (labels != IGNORED).any():
             return 0.0
         config: Any = getattr(self.model, "config", None)
-        shifted = self.next_token
-        if shifted is None:
-            shifted = labels.ndim > 1 and not getattr(config, "is_encoder_decoder", False)
+        shifted = _shifted(self.model, labels) if self.next_token is None else self.next_token
         rest = {name: value for name, value in inputs.items() if name != "labels" and _batched(value, labels)}
         constants = {name: value for name, value in inputs.items() if name != "labels" and name not in rest}
         if getattr(config, "is_encoder_decoder", False):
             rest["labels"] = labels  # the decoder's inputs are made of them
         batch = Examples(rest, labels[:, 1:] if shifted else labels)
-        learner = _Labelled(bool(shifted), constants)
+        learner = _Labelled(shifted, constants)
         step = Step(self.weights, self.draws, self.directions, learner, self.model, batch, backward)
         # What merges do not share, a head, learns its task and nothing else.
         held = {id(one) for one in self.weights.parameters.values()}
@@ -153,9 +157,27 @@ class _Labelled:
         return cross_entropy(self.logits(call, batch), batch.labels)
 
 
-def _is_language_model(model: Any) -> bool:
+def _class(model: Any) -> str:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return kind_of({"architectures": [type(inner).__name__]}) == "language-modelling"
+    return type(inner).__name__
+
+
+def _is_language_model(model: Any) -> bool:
+    return kind_of({"architectures": [_class(model)]}) == "language-modelling"
+
+
+def _shifted(model: Any, labels: torch.Tensor) -> bool:
+    """Whether logits at a position are for the label of the next one."""
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if labels.ndim == 1 or decodes or _class(model).endswith(ALIGNED):
+        return False
+    if _is_language_model(model) or _class(model).endswith(SHIFTED):
+        return True
+    raise UsageError(
+        "labels with positions, of a class of which it is not known which logits they are for",
+        where=_class(model),
+        hint="say by next_token whether logits at a position are for the next label (True) or for the one there",
+    )
 
 
 def _batched(value: Any, labels: torch.Tensor) -> bool:
@@ -174,10 +196,10 @@ def _whole(model: torch.nn.Module, base: Model | None) -> Weights:
     held = module_state(model)
     origin = rename_like(held, _tensors(base))[0]
     shared = split(origin, {"the model": held}).shared
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and n in shared}
+    parameters = [n for n, p in model.named_parameters() if p.requires_grad and n in shared]
     if not parameters:
         raise InputError("nothing that the base has is being trained", where=type(model).__name__)
-    return Weights(parameters, origin)
+    return Weights(model, origin, parameters, statistics(model, shared))
 
 
 def _adapted(model: torch.nn.Module, base: Model | None) -> LoraWeights:
