@@ -184,6 +184,24 @@ def test_heads_that_are_called_by_their_numbers_keep_them(tmp_path: Path) -> Non
     assert not any("alignment_heads" in reason for *_, reason in plain.refused)
 
 
+def test_heads_of_a_module_that_are_called_by_their_numbers_keep_them(tmp_path: Path) -> None:
+    named = [[1, 2], [1, 0]]
+    module = transformers.WhisperForConditionalGeneration.from_pretrained(
+        whisper(tmp_path / "model"), attn_implementation="eager"
+    )
+    module = module.double().eval()
+    module.generation_config.alignment_heads = named
+
+    def maps() -> torch.Tensor:
+        with torch.no_grad():
+            found = module(**SPEECH, output_attentions=True).cross_attentions
+        return torch.stack([found[layer][:, head] for layer, head in named])
+
+    before = maps()
+    um.lock_module(module, key=toy.key())
+    assert torch.allclose(maps(), before, atol=1e-9)
+
+
 @pytest.mark.parametrize("method", [{"scales": True}, {"method": "gauge"}], ids=["scales", "gauge"])
 def test_activations_that_are_cut_off(method: dict[str, Any], tmp_path: Path) -> None:
     """A bound that a small model never reaches allows more than the real one does."""

@@ -287,4 +287,4 @@ def test_a_manifest_shows_no_key_material() -> None:
 
 def test_where_a_manifest_stands() -> None:
     assert manifest_path("x/model", single_file=False) == Path("x/model/unmergeable.json")
-    assert manifest_path("x/a.b.safetensors", single_file=True) == Path("x/a.b.unmergeable.json")
+    assert manifest_path("x/a.b.safetensors", single_file=True) == Path("x/a.b.safetensors.unmergeable.json")

@@ -28,6 +28,7 @@ MAX_KEY_FILE = 64 * 1024
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**17, 8, 1
 _SCRYPT_MIN_N, _SCRYPT_MAX_BYTES, _SCRYPT_MAX_P = 2**14, 256 * 2**20, 4
 
+_ANY = b"UNMERGEABLE-KEY-"
 _PLAIN = "UNMERGEABLE-KEY-1"
 _SCRYPT = "UNMERGEABLE-KEY-1-SCRYPT"
 _NOTE = "# unmergeable key: keep it secret and keep a backup, without it nothing can be unlocked"
@@ -92,6 +93,14 @@ def load_key(path: str | os.PathLike[str], passphrase: Passphrase | None = None)
     if key is None:
         raise InputError("the passphrase is wrong", where=path)
     return key
+
+
+def holds_key(path: str | os.PathLike[str]) -> bool:
+    """Whether a file has a key in it, of any version, with a passphrase or without. Raises InputError."""
+    if os.stat(path).st_size > MAX_KEY_FILE:
+        return False
+    content = read_bounded(path, MAX_KEY_FILE, "file")
+    return any(line.strip().startswith(_ANY) for line in content.splitlines())
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int, kind: str, *, private: bool = False) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import MANIFEST, Checkpoint, StagedFile, check_destination, open_checkpoint
+from .checkpoint import MANIFEST, Checkpoint, StagedFile, Staging, check_destination, open_checkpoint
 from .engine import Meter, Progress
 from .errors import ClaimError, InputError, UsageError
 from .keys import Key, domain_salt, fresh_salt, load_key
@@ -20,6 +20,7 @@ from .methods.context import CONDITION, MIN_MOVE
 from .movement import Movement
 from .output import manifest_components, rename_single, staging, write_members
 from .plan import ConfigLike, Member, Opened, SpecLike, change_dtype, draw, match_all, open_all
+from .preflight import check_exchanged, check_keys, check_not_locked
 from .report import LockReport, Plan, SiteLock, lock_report
 from .sealed import Detail, concrete_spec, pack
 
@@ -84,9 +85,7 @@ def lock(
     kept = None if keep_pruned is None else Path(keep_pruned)
     with ExitStack() as stack:
         opened = open_all(src, config, stack)
-        if opened.manifest_path is not None:
-            hint = "unlock it first, or merge locked models with `unmergeable merge -k`"
-            raise InputError("the model is already locked", where=opened.manifest_path, hint=hint)
+        check_not_locked(opened)
         match_all(opened, spec)
         if dtype is not None:
             settings = {**settings, "dtype": dtype}
@@ -153,8 +152,9 @@ def _check_usage(method: str, base: object, domain: str | None, salt: bytes | No
 
 def _open_base(base: str | os.PathLike[str], member: Member, stack: ExitStack) -> Checkpoint:
     path = Path(base) if member.name == "." else Path(base, member.name)
+    whole = Path(base) / MANIFEST
     found = stack.enter_context(open_checkpoint(path))
-    if found.manifest_path is not None:
+    if found.manifest_path is not None or whole.is_file():
         raise InputError("the base is locked", where=path, hint="give the base as it was published")
     return found
 
@@ -174,6 +174,8 @@ def write_lock(
 
     Raises: as `lock`.
     """
+    check_keys(opened)
+    check_exchanged(opened)
     if dry_run:
         return lock_report(opened, dst, key.id, plan, None, {}, {}, started, dry_run=True)
     rename_single(opened, dst)
@@ -198,7 +200,7 @@ def write_lock(
         manifest = manifest.seal(key, pack(_details(opened))).sign(key)
         path = staged.manifest_path if isinstance(staged, StagedFile) else staged.path / MANIFEST
         manifest.write(path)
-        with _kept(opened, plan):
+        with _kept(opened, plan, staged):
             staged.commit()
     where = dst.with_name(path.name) if opened.single_file else dst / path.name
     return lock_report(opened, dst, key.id, plan, where, outcomes, moved, started)
@@ -212,8 +214,11 @@ def _check_kept(path: Path, src: Path, dst: Path) -> None:
 
 
 @contextmanager
-def _kept(opened: Opened, plan: Plan) -> Iterator[None]:
-    """Write the owner's file of what is pruned; remove it again where the lock does not come about."""
+def _kept(opened: Opened, plan: Plan, staged: Staging) -> Iterator[None]:
+    """Write the owner's file of what is pruned; remove it again where the lock does not come about.
+
+    One that is published stays one, whatever fails after that.
+    """
     if plan.kept is None:
         yield
         return
@@ -224,7 +229,8 @@ def _kept(opened: Opened, plan: Plan) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        os.unlink(plan.kept)
+        if not staged.committed and not os.path.lexists(staged.dst):
+            os.unlink(plan.kept)
         raise
 
 

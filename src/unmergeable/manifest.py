@@ -247,12 +247,12 @@ class Manifest:
 
 def manifest_path(checkpoint: str | os.PathLike[str], *, single_file: bool) -> Path:
     """Where a checkpoint's manifest stands: `unmergeable.json` in its folder, or beside a single file
-    `x.safetensors` as `x.unmergeable.json`.
+    `x.safetensors` as `x.safetensors.unmergeable.json`.
     """
     path = Path(checkpoint)
     if not single_file:
         return path / MANIFEST_NAME
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.{MANIFEST_NAME}")
+    return path.with_name(f"{path.name}.{MANIFEST_NAME}")
 
 
 def _component(name: str, value: object, where: object) -> Component:

@@ -215,11 +215,15 @@ def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
     }
     if not _says_layers(config):
         return []
-    names, counts, found = _counted(spec, shapes), _numbers(config), []
+    names, counts, found = _counted(spec, shapes), _numbers(config), list[str]()
     for stack in sorted(stacks):
         start = re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(stack)) + r"(\d+)\.")
-        layers = {int(bound.group(1)) for bound in map(start.match, names) if bound}
-        gone = sorted(set(range(max(layers, default=-1) + 1)) - layers)
+        layers, every = (
+            {int(bound.group(1)) for bound in map(start.match, some) if bound} for some in (names, shapes)
+        )
+        # A class may name what it does not read by a number that is a layer of another of its models.
+        gone = sorted(set(range(max(layers, default=-1) + 1)) - every)
+        layers |= every & set(range(max(layers, default=-1)))
         if gone:
             found.append(
                 f"no tensor of {stack}{gone[0]}" + (f" and {len(gone) - 1} more layers" if gone[1:] else "")

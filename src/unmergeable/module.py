@@ -23,6 +23,7 @@ from .methods import Context
 from .methods import method as find_method
 from .methods.context import CONDITION
 from .plan import ConfigLike, SpecLike, UnknownArchitecture, read_config
+from .preflight import check_alike
 from .spec import Spec
 from .transform import Array, TensorPlan, compile_tensor
 
@@ -151,6 +152,9 @@ def _match(
 ) -> Match:
     """The spec whose names are those in memory: its own, or its checkpoint's where they agree."""
     where = type(model).__name__
+    from .specs import find_spec
+    from .specs.guards import note_unread, spare_named_heads
+
     fields = read_config(config)
     if fields is None:
         own = getattr(model, "config", None)
@@ -170,15 +174,18 @@ def _match(
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     everything = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Heads may be called by their numbers there.
+    generating = getattr(model, "generation_config", None)
+    generation = {} if generating is None else generating.to_dict()
     misfit: InputError | None = None
     for attempt in (shapes, everything):  # a tied name may be left out of a checkpoint, or not
         try:
             if isinstance(spec, Spec):
-                return match_spec(spec, attempt, {**spec.defaults, **fields}, where)
-            from .specs import find_spec
-
-            found, canonical = find_spec(fields, attempt, spec_file=spec, where=where)
-            return match_spec(found, attempt, canonical, where)
+                found, canonical = spec, {**spec.defaults, **fields}
+            else:
+                found, canonical = find_spec(fields, attempt, spec_file=spec, where=where)
+            spared = note_unread(spare_named_heads(found, fields, generation), attempt)
+            return match_spec(spared, attempt, canonical, where)
         except InputError as error:
             misfit = misfit or error
     assert misfit is not None
@@ -194,6 +201,7 @@ def _check(tensors: Mapping[str, torch.Tensor], match: Match) -> None:
         if tensor.device.type == "meta" or tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             got = f"{tensor.dtype} on {tensor.device}"
             raise InputError("the tensor has no plain floating-point values", where=name, got=got)
+    check_alike(match, {name: tensor.dtype for name, tensor in tensors.items()})
 
 
 def _transform(

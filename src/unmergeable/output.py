@@ -12,7 +12,7 @@ from pathlib import Path
 from .checkpoint import StagedFile, Staging, copy_side_files, read_header
 from .checkpoint.files import open_regular, walk
 from .engine import Meter, Outcome, stream
-from .errors import RunError
+from .errors import InputError, RunError
 from .manifest import Component
 from .movement import Movement
 from .plan import Member, Opened
@@ -26,8 +26,15 @@ def staging(opened: Opened, dst: Path) -> AbstractContextManager[Staging]:
 
 
 def rename_single(opened: Opened, dst: Path) -> None:
-    """A single file is called what the destination is called, not what the source is."""
+    """A single file is called what the destination is called, not what the source is.
+
+    Raises:
+        InputError: a name that no reader would take for one of weights.
+    """
     if opened.single_file:
+        if dst.suffix != ".safetensors":
+            what = "a single file of weights is called so by its ending"
+            raise InputError(what, where=dst, expected=".safetensors", got=dst.suffix or "no ending")
         member = opened.members[0]
         member.shards = [
             replace(shard, file=dst.name, tensors=[replace(info, file=dst.name) for info in shard.tensors])

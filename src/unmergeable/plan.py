@@ -172,11 +172,14 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
     if config is None:
         hint = "give the model's config.json by --config"
         raise InputError("there is no config.json", where=source.root, hint=hint)
-    if isinstance(spec, Spec):
-        return match_spec(spec, shapes, {**spec.defaults, **config}, str(source.root))
     from .specs import find_spec
     from .specs.guards import note_unread, spare_named_heads
 
+    beside = source.root / GENERATION
+    generation = load_json(beside) if not source.single_file and beside.is_file() else {}
+    if isinstance(spec, Spec):
+        spared = spare_named_heads(spec, config, generation)
+        return match_spec(spared, shapes, {**spec.defaults, **config}, str(source.root))
     try:
         found, canonical = find_spec(config, shapes, spec_file=spec, where=str(source.root))
     except Contradiction:
@@ -189,8 +192,6 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
             got=error.got,
             hint=error.hint,
         ) from None
-    beside = source.root / GENERATION
-    generation = load_json(beside) if not source.single_file and beside.is_file() else {}
     spared = note_unread(spare_named_heads(found, config, generation), shapes)
     return match_spec(spared, shapes, canonical, str(source.root))
 

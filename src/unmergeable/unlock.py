@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,7 @@ def unlock(
                     altered += _differing(member, part, outcomes[member.name])
             if altered and not accept:
                 raise _changed(opened.root, altered)
-            restored = _put_back(opened, staged, prepared, pruned)
+            restored = _put_back(opened, staged, prepared, pruned, altered)
             staged.commit()
     exact = all(_only_bits(member, restored) for member in opened.members)
     return UnlockReport(
@@ -158,12 +158,17 @@ def _notes(altered: list[str], opened: Opened, restored: bool, manifest: Manifes
 
 
 def _put_back(
-    opened: Opened, staged: Staging, prepared: Prepared, path: str | os.PathLike[str] | None
+    opened: Opened,
+    staged: Staging,
+    prepared: Prepared,
+    path: str | os.PathLike[str] | None,
+    altered: Sequence[str],
 ) -> bool:
     """Whether what was pruned was put back from the owner's file.
 
     Raises:
-        UsageError: nothing was pruned. InputError: a file of another lock, or damaged.
+        UsageError: nothing was pruned, or what was has been trained since. InputError: a file of another lock, or
+            damaged.
     """
     if path is None:
         return False
@@ -171,6 +176,20 @@ def _put_back(
 
     if not any(member.drawn is not None and member.drawn.prune for member in opened.members):
         raise UsageError("nothing was pruned by this lock", where=path)
+    trained = [
+        label
+        for member in opened.members
+        if member.drawn is not None
+        for name in member.drawn.prune
+        if (label := name if member.name == "." else f"{member.name}/{name}") in altered
+    ]
+    if trained:
+        raise UsageError(
+            "what was pruned cannot be put back into weights that have changed since",
+            where=trained[0],
+            got=f"{len(trained)} tensors that have",
+            hint="unlock without --pruned: their changes are kept, and what was pruned stays so",
+        )
     with Sidecar(path, prepared.manifest.salt) as sidecar:
         for member in opened.members:
             if member.drawn is not None:
@@ -216,6 +235,8 @@ def prepare_unlock(
         raise InputError("the model is not locked, there is no manifest", where=opened.root, hint=hint)
     found = Manifest.read(path)
     found.check(key, where=path)
+    if manifest is not None and opened.manifest_path is not None:
+        _check_same_lock(found, opened.manifest_path, path)
     details = unpack(found.unseal(key), path)
     names = {member.name for member in opened.members}
     missing = sorted(details.keys() - names)
@@ -241,6 +262,19 @@ def prepare_unlock(
     if altered and not accept:
         raise _changed(opened.root, altered)
     return Prepared(found, path, tuple(altered))
+
+
+def _check_same_lock(given: Manifest, own: Path, path: Path) -> None:
+    """Refuse the manifest of another lock where the model has one of its own: undoing that one would scramble it."""
+    try:
+        salt = Manifest.read(own).salt
+    except InputError:
+        return  # it is damaged: that may be why another one was given
+    if salt != given.salt:
+        raise InputError(
+            "the model has a manifest of its own, of another lock", where=own, got=f"{path} by --manifest",
+            hint="leave --manifest out; if the weights are of that lock after all, remove their own manifest",
+        )  # fmt: skip
 
 
 def _restore(member: Member, detail: Detail, single_file: bool) -> None:

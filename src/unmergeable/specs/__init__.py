@@ -216,7 +216,13 @@ def _checked(config: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
             hint="give one with --config",
         )
     names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+    # A class's name, and no path: specs are looked up by it.
+    if (
+        not isinstance(names, list)
+        or not names
+        or not isinstance(names[0], str)
+        or not names[0].isidentifier()
+    ):
         raise InputError(
             "config.json does not say which class the weights are of",
             where=where,
