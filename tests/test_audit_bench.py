@@ -259,6 +259,16 @@ def test_a_change_in_memory_may_follow_an_alignment(bench: Bench) -> None:
     assert row.chain == ("anchor-coupled", "quantise-4", "probe")
 
 
+def test_a_substitution_may_follow_an_alignment(bench: Bench) -> None:
+    """And a change in memory both: what was aligned is in a file of its own, which is attacked."""
+    found = bench.prepare("protected", "anchor-coupled > substitute-mlp")
+    plain = bench.prepare("plain", "substitute-mlp")
+    assert near(found, plain, bench.base)
+    assert not near(bench.prepare("protected", "substitute-mlp"), plain, bench.base)
+    more = bench.prepare("protected", "anchor-coupled > substitute-mlp > quantise-4")
+    assert near(more, bench.prepare("plain", "substitute-mlp > quantise-4"), bench.base)
+
+
 def test_a_substitution_takes_the_base(bench: Bench) -> None:
     prepared = bench.prepare("protected", "substitute-mlp")
     inside = [name for name in bench.base if ".mlp." in name]

@@ -185,6 +185,19 @@ def test_all_that_does_not_fit_together_is_told_at_once(folder: Path) -> None:
     ]
 
 
+def test_paths_that_cannot_be_asked_for_and_options_that_are_no_numbers(folder: Path) -> None:
+    long = "a" * 5000
+    tasks = {
+        "fashion": {**fields()["tasks"]["fashion"], "data": long},
+        "digits": {"kind": "python", "function": "m:f", "examples": 9, "options": {"x": float("nan")}},
+    }
+    found = problems(folder, fields(base=long, tasks=tasks))
+    assert any(one.startswith("base: no such model") for one in found)
+    assert any("tasks.digits.options" in one for one in found)
+    tasks["digits"] = fields()["tasks"]["digits"]
+    assert any(one.startswith("tasks.fashion.data: no such") for one in problems(folder, fields(tasks=tasks)))
+
+
 @pytest.mark.parametrize("name", [*RESERVED, "release 2"])
 def test_tasks_are_not_called_as_other_models(name: str, folder: Path) -> None:
     """They would take their place: the last one of a name is the one that is loaded."""
@@ -216,6 +229,9 @@ def test_a_value_that_cannot_be(changes: dict[str, Any], said: str, folder: Path
     assert said in found
 
 
+ODD = ("bool x", "map [a]", "timestamp foo", 'int ""', 'float ""')
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -224,12 +240,13 @@ def test_a_value_that_cannot_be(changes: dict[str, Any], said: str, folder: Path
         ("a: !!python/object/apply:os.getcwd []", "the configuration is not YAML"),
         ("a: 2026-13-01", "the configuration is not YAML"),
         ("[" * 5000, "the configuration is not YAML"),
+        *((f"a: !!{tag}", "the configuration is not YAML") for tag in ODD),
         ("- 1", "the configuration is no mapping, got list"),
         ("text", "the configuration is no mapping, got str"),
         ("", "the configuration is no mapping, got NoneType"),
         ("a: 1\n" + "#" * MOST_BYTES, f"too large for a configuration, expected at most {MOST_BYTES} bytes"),
     ],
-    ids=["unclosed", "alias", "tag", "date", "nested", "list", "text", "nothing", "large"],
+    ids=["unclosed", "alias", "tag", "date", "nested", *ODD, "list", "text", "nothing", "large"],
 )
 def test_what_is_no_configuration(text: str, said: str, folder: Path) -> None:
     assert f"audit.yaml: {said}" in problems(folder, text)[0]

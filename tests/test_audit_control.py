@@ -142,6 +142,21 @@ def test_a_level_stands_on_its_attack_and_on_the_levels_below() -> None:
     assert doubt([FULL, COUPLED, data, row("untrap", "protected", (0, 0))], 3, None) is None
 
 
+def test_a_level_whose_attacks_were_nearly_all_refused_says_nothing() -> None:
+    done = row("untrap", "protected", (0, 0))
+    refused = [
+        row(name, "protected", state="refused", reason="no examples") for name in ("repair-4", "repair-16")
+    ]
+    data = row("coefficients-row-entropy", "protected", (0, 0))
+    rows = [FULL, COUPLED, data, done, *refused]
+    found = doubt(rows, 3, None)
+    assert found == "of level 3, 2 of 3 attacks were refused, repair-4 for one: no examples"
+    assert doubt(rows, 2, None) is None
+    assert doubt(rows, 3, ["untrap", "repair-4", "repair-16"]) is None  # what was named was tried
+    # A merge that is refused after one preparation, and not after another, was tried.
+    assert doubt([*rows, row("repair-4", "protected", (0, 0), prepared="noise")], 3, None) is None
+
+
 @pytest.mark.parametrize(
     ("rows", "level", "said"),
     [

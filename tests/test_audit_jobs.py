@@ -179,7 +179,12 @@ def test_the_best_preparations_are_followed_up() -> None:
     followed = [job for job in done[2] if job.side == "protected"]
     assert BEAM == 2
     assert followed == [
-        Job(name, "protected", prepared) for prepared in ("quantise-4", "align-permutation") for name in CORE
+        *(
+            Job(name, "protected", prepared)
+            for prepared in ("quantise-4", "align-permutation")
+            for name in CORE
+        ),
+        Job("full_dose", "protected", "anchor-coupled"),  # what level 1 stands on, whatever helped
     ]
     assert not [job for job in done[2] if job.side == "plain"]
     after = [job for wave in done[3:] for job in wave if job.prepared is not None]
@@ -218,6 +223,34 @@ def test_an_alignment_is_followed_where_merges_fail_aligned_as_well() -> None:
             )
         }
         assert some.beam(found, "protected") == kept
+
+
+def test_what_undoes_a_lock_comes_before_what_helps_and_damages() -> None:
+    """A few merges of a probe may do better with a model that is pulled to the base: no model to go on with."""
+    some = waves()
+    gains = {"anchor-independent": 0.4, "align-procrustes": 0.3, "anchor-coupled": 0.25}
+    for facts, first in (
+        # By its own distance where that is known: that of a merge depends on the coefficients that did best.
+        (({"distance": 1.4, "moved": 1.0}, {"distance": 0.2, "moved": 1.3}), "anchor-coupled"),
+        (({"moved": 3.0}, {"distance": 0.2, "moved": 1.3}), "anchor-coupled"),
+        (({"distance": 0.2, "moved": 3.0}, {"distance": 0.2, "moved": 1.3}), "anchor-independent"),
+        (({}, {"distance": 0.2, "moved": 1.3}), "anchor-independent"),
+    ):
+        found = {}
+        for name in (None, *gains):
+            known = facts[0] if name is None else facts[1] if name == "anchor-coupled" else {}
+            job = Job("probe", "protected", name)
+            found[job] = replace(helped(gains)(job), facts=known)
+        other = "anchor-independent" if first == "anchor-coupled" else "align-procrustes"
+        assert some.beam(found, "protected") == [first, other]
+
+
+def test_small_changes_of_the_unprotected_model_are_not_followed() -> None:
+    some, gains = waves(), {"quantise-8": 0.5, "substitute-mlp": 0.1}
+    found = {job: helped(gains, "plain")(job) for job in (Job("probe", "plain", n) for n in (None, *gains))}
+    assert some.beam(found, "plain") == ["substitute-mlp"]
+    found = {job: helped(gains)(job) for job in (Job("probe", "protected", n) for n in (None, *gains))}
+    assert some.beam(found, "protected") == ["quantise-8", "substitute-mlp"]
 
 
 def test_what_was_not_probed_is_not_followed_up() -> None:
@@ -272,9 +305,36 @@ def test_of_merges_that_are_as_good_the_one_counts_that_a_thief_takes() -> None:
     assert waves().matched(some) == [Job("ties", "protected", "noise")]
 
 
+def test_what_works_on_the_unprotected_model_is_tried_on_one_that_was_unlocked() -> None:
+    aligned = {"align-procrustes": 0.5}
+    for prepared, more in (
+        (None, "align-procrustes"),
+        ("substitute-mlp", "align-procrustes > substitute-mlp"),
+    ):
+        best = Job("iso_c", "plain", prepared)
+        jobs = [
+            Job("probe", "protected"),
+            Job("probe", "protected", "align-procrustes"),
+            Job("ties", "plain"),
+        ]
+        found = {job: helped(aligned)(job) for job in jobs}
+        found[best] = row("iso_c", "plain", (0.9, 0.95), prepared=prepared)
+        assert waves().matched(found) == [Job("iso_c", "protected", more)]
+
+
+def test_models_in_memory_are_not_attacked_as_checkpoints() -> None:
+    colluded = helped({"collude-aligned": 0.5})
+    probes = (Job("probe", "protected"), Job("probe", "protected", "collude-aligned"))
+    for prepared, more in (("substitute-mlp", []), ("noise", ["collude-aligned > noise"])):
+        found = {job: colluded(job) for job in probes}
+        found[Job("ties", "plain", prepared)] = row("ties", "plain", (0.9, 0.9), prepared=prepared)
+        jobs = [Job("ties", "protected", chain) for chain in more]
+        assert waves(releases=True).matched(found) == jobs
+
+
 def test_what_an_alignment_brought_the_unprotected_model_is_not_copied() -> None:
     jobs = [
-        Job("ties", "plain", "anchor-independent"),
+        Job("ties", "plain", "align-procrustes"),
         Job("wide", "plain"),
         Job("ties", "protected", "noise"),
     ]

@@ -20,6 +20,7 @@ from unmergeable.audit.scores import (
     Level,
     Reference,
     curve,
+    judge,
 )
 from unmergeable.audit.separation import check_halves, check_separation, separation
 from unmergeable.errors import InputError
@@ -235,6 +236,36 @@ def test_nothing_is_said_where_there_is_nothing_to_recover(rows: list[Row], reas
     assert (document["recovered"], document["interval"], document["protection"]) == (None, [None, None], None)
     assert not document["reliable"]
     json.dumps(document, allow_nan=False)
+
+
+def test_nothing_is_said_where_the_gain_of_the_unprotected_model_is_noise() -> None:
+    """One example in 75 more than without it, on each floor: a locked model that gives nothing proves nothing."""
+    random = np.random.default_rng(3)
+
+    def right(part: float) -> np.ndarray:
+        return random.permutation(np.arange(75) < round(75 * part)).astype(float)
+
+    def of(parts: tuple[float, float]) -> dict[str, np.ndarray]:
+        return dict(zip(("p", "o"), map(right, parts), strict=True))
+
+    base, plain = (
+        {half: of((part, part)) for half in ("screen", "validation", "test")} for part in (0.4, 0.9)
+    )
+    known = Reference("p", ("o",), base, plain, alone=0.0)
+    for best, reason in ((0.413, "cannot be told from nothing"), (0.6, None)):
+        rows = [
+            replace(row("full_dose", side), points=(Point({}, of((valid, 0.9)), of((test, 0.9))),))
+            for side, valid, test in (
+                ("plain", best, best),
+                ("protected", 0.2, 0.2),
+                ("without", 0.37, 0.387),
+            )
+        ]
+        level = judge(rows, known, 0)
+        assert level.gains["plain"] > LEAST
+        assert reason is None or reason in str(level.reason)
+        assert (level.reason is None) == (reason is None)
+        assert np.isnan(level.recovered) == (reason is not None)
 
 
 @given(rows=ROWS, alone=ALONE, level=st.integers(0, 3))

@@ -67,6 +67,23 @@ def test_any_method_any_template(method: str, saved: dict[str, Path], tmp_path: 
     assert load_state(tmp_path / "m").keys() == load_state(like).keys()
 
 
+def test_a_merge_is_rounded_once(tmp_path: Path) -> None:
+    """To the template's dtypes, not to those of a base that holds less."""
+    base = transformer("llama")
+    fine = nudged(base, 1)
+    base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    fine.float().save_pretrained(tmp_path / "fine")
+    merge_checkpoints(
+        "task_arithmetic", [tmp_path / "fine"], tmp_path / "base", tmp_path / "m", {"weight": 0.5},
+        template=tmp_path / "fine", must_mix=False,
+    )  # fmt: skip
+    states = {name: load_state(tmp_path / name) for name in ("base", "fine", "m")}
+    for name, found in states["m"].items():
+        start = states["base"][name].float()
+        assert found.dtype == torch.float32
+        assert torch.equal(found, start + 0.5 * (states["fine"][name] - start)), name
+
+
 def test_shards_order_dtype_and_side_files_are_the_templates(tmp_path: Path) -> None:
     values = toy.tensors()
     like = toy.write(tmp_path / "like", values, shards=3)

@@ -132,8 +132,10 @@ def _load(where: Path) -> Any:
         raise InputError("too large for a configuration", where=where, expected=f"at most {MOST_BYTES} bytes")
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        said = " ".join(str(error).split())[:300]
+    except (
+        Exception
+    ) as error:  # PyYAML lets some of what its constructors meet through: KeyError, TypeError, …
+        said = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError("the configuration is not YAML", where=where, got=said) from None
 
 
@@ -188,8 +190,16 @@ def _check_models(data: Mapping[str, Any], folder: Path, problems: Problems) -> 
     if isinstance(others, dict):
         written |= {f"others.{task}": path for task, path in others.items()}
     for place, path in written.items():
-        if isinstance(path, str) and not (folder / os.path.expanduser(path)).exists():
+        if isinstance(path, str) and not _there(folder / os.path.expanduser(path)):
             problems.add("no such model", where=place, got=path)
+
+
+def _there(path: Path) -> bool:
+    """Whether there is such a file or folder; one that cannot be asked for, of a name too long perhaps, is not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _check_data(config: Config, problems: Problems) -> None:
@@ -199,5 +209,5 @@ def _check_data(config: Config, problems: Problems) -> None:
         if isinstance(task, Function) and ".py:" in task.function:
             written["function"] = task.function.rpartition(":")[0]
         for place, path in written.items():
-            if path is not None and not config.path(path).exists():
+            if path is not None and not _there(config.path(path)):
                 problems.add("no such file or folder", where=f"tasks.{name}.{place}", got=path)

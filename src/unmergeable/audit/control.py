@@ -74,6 +74,8 @@ def doubt(rows: Sequence[Row], level: int, only: Collection[str] | None) -> str 
                 continue  # it was not asked for
         mine = of_level if name is None else [row for row in of_level if name in row.chain]
         if any(row.state == "done" for row in mine):
+            if only is None and below > max(STANDS_ON) and (why := _refused(of_level)):
+                return f"of level {below}, {why}"
             continue
         what = name or f"every attack at level {below}"
         if not mine:
@@ -81,6 +83,16 @@ def doubt(rows: Sequence[Row], level: int, only: Collection[str] | None) -> str 
         reason = next((row.reason for row in mine if row.reason), "no reason given")
         return f"{what} is {mine[0].state}, and level {below} stands on it: {reason}"
     return None
+
+
+def _refused(rows: Sequence[Row]) -> str | None:
+    """Whether most of a level's attacks were refused, for want of data perhaps: what is left says little."""
+    tried = {row.chain[-1] for row in rows if row.state != "refused"}
+    refused = {row.chain[-1]: row.reason for row in rows if row.chain[-1] not in tried}
+    if len(refused) <= len(tried):
+        return None
+    name, reason = next(iter(refused.items()))
+    return f"{len(refused)} of {len(refused) + len(tried)} attacks were refused, {name} for one: {reason}"
 
 
 def grounds(rows: Sequence[Row], reference: Reference, level: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from ..attacks.thief import MergeAttack, Pair, Subject, Thief
 from ..errors import InputError, UnmergeableError
 from ..merging import Merged
 from ..merging.check import facts
+from ..merging.tensors import distance
 from .bench import Bench
 from .finalists import finalists, promising
 from .rows import Cost, Look, Point, Row, Scores, Side, State
@@ -171,7 +172,10 @@ def _score(
             checked = facts(thief.base, thief.experts, subject.shared)
             problems |= dict.fromkeys(checked.problems)
             if place == 0:
+                # By itself: alignments bring it nearer to the base, whatever the merge's coefficients are.
+                held = thief.experts[thief.protected]
                 found |= {
+                    "distance": distance(thief.base, held),
                     "moved": checked.moved,
                     "shares": dict(checked.shares),
                     "near_base": checked.near_base,

@@ -7,7 +7,6 @@ the preparations that helped and the merges that did best on the unprotected mod
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,10 +25,11 @@ from .suite import BEAM, CORE, FIRST, FOLLOW, STANDS_ON, merge_attack, merge_att
 PROOF = "proof"
 # What a preparation must add to Σ over the floors of the best value before it is followed up.
 HELPS = 0.02
-# Alignments, and what part of the distance one must leave to be followed where no preparation helps.
+# Alignments, and of the distance to the base the part that one must leave at most to be followed in any case.
 ANCHORED, NEARER = ("anchor-coupled", "anchor-coupled-other"), 0.8
-# Preparations that undo nothing, and change a model a little.
+# Preparations that undo nothing and change a model a little, and all that do not keep its function.
 CHANGES = frozenset(one.name for one in PREPARATIONS if one.change is not None)
+LOSSY = frozenset(one.name for one in PREPARATIONS if not one.keeps_function)
 # Of the time that a budget leaves, what merges of level 0 may take before the best of them are followed up: a merge
 # that works without a lock and was not tried aligned would pass for protection.
 SHELF_SHARE = 0.6
@@ -159,14 +159,18 @@ class Waves:
     def _followed_first(self, found: Found) -> list[Job]:
         """The first merges of level 0 again, after each preparation of the beam.
 
-        Where none helped there may be nothing to undo. That has to be seen of more than a probe, which may fail on the
-        unprotected model as well: the merge that level 0 stands on, after the attack that level 1 stands on.
+        Where the attack that level 1 stands on is not among them there may be nothing to undo. That has to be seen of
+        more than a probe, which may fail on the unprotected model as well: by the merge that level 0 stands on.
         """
         chosen = [name for name in self.shelf if name in CORE]
         sides: tuple[Side, ...] = ("protected", "plain")
         beams = {side: self.beam(found, side) for side in sides}
         jobs = [Job(name, side, prepared) for side in sides for prepared in beams[side] for name in chosen]
-        if STANDS_ON[1] in self.preparations and STANDS_ON[0] in chosen and not beams["protected"]:
+        if (
+            STANDS_ON[1] in self.preparations
+            and STANDS_ON[0] in chosen
+            and STANDS_ON[1] not in beams["protected"]
+        ):
             jobs.append(Job(STANDS_ON[0], "protected", STANDS_ON[1]))
         return jobs
 
@@ -183,12 +187,14 @@ class Waves:
         return jobs
 
     def matched(self, found: Found) -> list[Job]:
-        """What did best on the unprotected model after a small change of it, on the protected one as well.
+        """What did best on the unprotected model, as it is or after something was done to it, on the protected one.
 
-        After its best preparation: a thief who has undone a lock has what one of the unprotected model begins with.
-        Without these he would have fewer tries, which would pass for protection.
+        After what undoes its lock: a thief who has done so has what one of the unprotected model begins with. Without
+        these he would have fewer tries, which would pass for protection.
         """
-        undone = [name for name in self.beam(found, "protected")[:1] if name not in CHANGES]
+        undone = [name for name in self.beam(found, "protected")[:1] if name not in LOSSY]
+        # What is in memory alone can be changed there, and not be attacked as a checkpoint.
+        able = CHANGES if set(undone) & set(COLLUSIONS) else LOSSY
         known = [
             (job, Look(point.options, *self.reference.pair("validation", point.validation)))
             for job, row in found.items()
@@ -198,9 +204,10 @@ class Waves:
         best = finalists([look for _, look in known], self.reference.floors, least=1)
         jobs = dict.fromkeys(known[number][0] for number in best)
         return [
-            Job(job.attack, "protected", THEN.join([*undone, job.prepared]))
+            Job(job.attack, "protected", THEN.join(filter(None, [*undone, job.prepared])))
             for job in jobs
-            if job.prepared in CHANGES
+            # A wide merge is the same under every symmetry.
+            if job.prepared in able or (undone and job.prepared is None and job.attack != "wide")
         ]
 
     def _adaptive(self, found: Found) -> list[Job]:
@@ -242,10 +249,13 @@ class Waves:
         )
 
     def beam(self, found: Found, side: Side) -> list[str]:
-        """The preparations that helped on a side, best first.
+        """The preparations to follow on a side: an alignment that brought the model much nearer to the base, then what
+        helped, the best first.
 
-        Where none did, an alignment that brought the model much nearer to the others: merges of a hardened model fail
-        aligned as well, but what is learnt from data, or taken block by block, is to be had in its own coordinates.
+        The alignment whether it helped or not: merges of a hardened model fail aligned as well, but what is learnt from
+        data, or taken block by block, is to be had in its own coordinates. And before all that damages the model, which
+        may help more by the few merges of a probe. Nothing has to be undone of the unprotected model: small changes of
+        it are more tries, and no more.
         """
         if side == "without":
             return []
@@ -254,15 +264,19 @@ class Waves:
             name: self.worth(found.get(Job(PROBE_MERGE.name, side, name))) - raw for name in self.preparations
         }
         helped = [name for name in self.preparations if gains[name] > HELPS]
-        if not helped:
-            far = _moved(found.get(Job(PROBE_MERGE.name, side)))
-            nearer = {name: _moved(found.get(Job(PROBE_MERGE.name, side, name))) for name in ANCHORED}
-            return [
-                name
-                for name in ANCHORED
-                if name in self.preparations and (nearer[name] or math.inf) < NEARER * (far or 0.0)
-            ][:1]
-        return sorted(helped, key=lambda name: -gains[name])[:BEAM]
+        if side == "plain":
+            helped = [name for name in helped if name not in CHANGES]
+        nearer = [name for name in ANCHORED if name in self.preparations and self._nearer(found, side, name)]
+        return list(dict.fromkeys([*nearer[:1], *sorted(helped, key=lambda name: -gains[name])]))[:BEAM]
+
+    def _nearer(self, found: Found, side: Side, prepared: str) -> bool:
+        """Whether a preparation left little of the protected model's distance to the base."""
+        before, after = (found.get(Job(PROBE_MERGE.name, side, name)) for name in (None, prepared))
+        for key in ("distance", "moved"):  # rows that were found earlier know how far the merge is alone
+            far, near = (None if row is None else row.facts.get(key) for row in (before, after))
+            if far is not None and near is not None:
+                return bool(near < NEARER * far)
+        return False
 
     def _starts(self, found: Found, side: Side) -> tuple[Start, ...]:
         """The best merge, the best with a quarter of the thief's own, and a plain mean of task vectors."""
@@ -280,11 +294,6 @@ class Waves:
         half = {"others": 0.5} if side == "without" else {"dose": 0.5, "others": 0.5}
         starts.append(Start.of("task_arithmetic", best[0] if best else None, half))
         return tuple(dict.fromkeys(starts))
-
-
-def _moved(row: Row | None) -> float | None:
-    """How far a row's merge is from the base, where that was measured."""
-    return None if row is None else row.facts.get("moved")
 
 
 def _quick(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..attacks import attack
-from ..attacks.prepare import COLLUDE, COLLUDE_ALIGNED, OTHER, one_by_one, preparation
+from ..attacks.prepare import COLLUDE, COLLUSIONS, OTHER, one_by_one, preparation
 from ..errors import InputError
 from ..merging.tensors import rename_like
 from ..stock import load_module, module_state
@@ -23,7 +23,7 @@ ALIGNMENT = "anchor-coupled"  # what releases are aligned by
 
 
 def prepared(bench: Bench, side: Side, name: str) -> dict[str, torch.Tensor]:
-    """The protected model of a side after a preparation, names as in the bench's; changes in memory may follow it.
+    """The protected model of a side after a preparation, or after several; names as in the bench's.
 
     Args:
         name: of a preparation, or of several with `THEN` between them.
@@ -31,27 +31,29 @@ def prepared(bench: Bench, side: Side, name: str) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the preparation does not apply.
     """
-    first, *changes = one_by_one(name)
-    model = _first(bench, side, first)
-    for one in changes:
-        change = preparation(one).change
-        assert change is not None  # nothing but a change follows
-        model = change(model, bench.base, bench.seed)
+    model, names = bench.models[side], one_by_one(name)
+    path: Path | None = bench.paths[side]
+    for number, one in enumerate(names, 1):
+        if one in COLLUSIONS:
+            model, path = _colluded(bench, side, one), None
+            continue
+        chosen = preparation(one)
+        if chosen.change is not None:
+            model, path = chosen.change(model, bench.base, bench.seed), None
+            continue
+        assert path is not None  # attacks are on checkpoints: nothing that is done in memory comes before one
+        anchor = bench.paths["base" if chosen.anchor != OTHER else bench.others[0]]
+        path = _attacked(bench, path, anchor, chosen.steps, side, "+".join(names[:number]))
+        model = _load(bench, side, path)
     return model
 
 
-def _first(bench: Bench, side: Side, name: str) -> dict[str, torch.Tensor]:
-    model = bench.models[side]
+def _colluded(bench: Bench, side: Side, name: str) -> dict[str, torch.Tensor]:
+    """The mean of all releases."""
     releases = [role for role in bench.models if role.startswith(RELEASE)]
     if name == COLLUDE:
-        return _mean([model, *(bench.models[role] for role in releases)])
-    if name == COLLUDE_ALIGNED:
-        return _mean(_aligned(bench, side, releases))
-    chosen = preparation(name)
-    if chosen.change is not None:
-        return chosen.change(model, bench.base, bench.seed)
-    anchor = bench.paths["base" if chosen.anchor != OTHER else bench.others[0]]
-    return _load(bench, side, _attacked(bench, bench.paths[side], anchor, chosen.steps, side, name))
+        return _mean([bench.models[one] for one in (side, *releases)])
+    return _mean(_aligned(bench, side, releases))
 
 
 def _aligned(bench: Bench, side: Side, releases: Sequence[str]) -> list[dict[str, torch.Tensor]]:

@@ -210,9 +210,19 @@ def judge(
         )
     if reason is not None:
         return Level(level, floors, np.nan, (np.nan, np.nan), gains, joint, reason, names)
-    drawn = _bootstrap(pools, reference, seed, resamples)
-    edge = (1 - COVERAGE) / 2
-    low, high = np.nanpercentile(drawn, [100 * edge, 100 * (1 - edge)])
+    locked, plain = _bootstrap(pools, reference, seed, resamples)
+    edge = 100 * (1 - COVERAGE) / 2
+    least = float(np.percentile(plain, edge, method="lower")) if len(plain) else 0.0
+    if least <= 0:
+        reason = (
+            f"what merges of the unprotected model give beyond merges without it (Σ G {gains['plain']:.2f}, 95 % "
+            f"interval from {least:.2f}) cannot be told from nothing: more examples may tell"
+        )
+        return Level(level, floors, np.nan, (np.nan, np.nan), gains, joint, reason, names)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Where the unprotected model gives nothing and the protected one something, all is recovered and more.
+        drawn = np.where(plain > 0, locked / plain, np.where(locked > 0, np.inf, np.nan))
+    low, high = np.nanpercentile(drawn, [edge, 100 - edge])
     recovered = gains["protected"] / gains["plain"]
     return Level(level, floors, recovered, (float(low), float(high)), gains, joint, None, names)
 
@@ -270,8 +280,11 @@ def _choose(
 
 def _bootstrap(
     pools: Mapping[Side, Sequence[_Candidate]], reference: Reference, seed: int, resamples: int
-) -> Floats:
-    """`recovered` for examples drawn anew, [resamples]: thieves choose anew as well, on what they drew."""
+) -> tuple[Floats, Floats]:
+    """Σ G of the protected and of the unprotected model for examples drawn anew, [resamples] each.
+
+    Thieves choose anew as well, on what they drew.
+    """
     shares = {
         half: {task: shares_of(len(reference.base[half][task]), seed, resamples) for task in reference.tasks}
         for half in ("validation", "test")
@@ -305,8 +318,9 @@ def _bootstrap(
             for side in sums:
                 held = [known[s] for s in (side, "without") if s in known]
                 sums[side] += drawn(held, floor, got)[0] - rest
-        ratio: Floats = sums["protected"] / sums["plain"]
-    return np.where(np.isfinite(ratio), ratio, np.nan)
+    # Examples may be drawn on which base and fine-tune are the same: they say nothing.
+    known_all = np.isfinite(sums["protected"]) & np.isfinite(sums["plain"])
+    return sums["protected"][known_all], sums["plain"][known_all]
 
 
 def curve(rows: Sequence[Row], reference: Reference, side: Side) -> list[tuple[float, float]]:

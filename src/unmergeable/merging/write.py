@@ -136,7 +136,9 @@ def merge_checkpoints(
         raise UsageError("the template is none of the models", where=like, expected=expected)
     tell, steps = progress or (lambda done, total, label: None), len(names) + 2
     tell(0, steps, str(base if base is not None else models[0]))
-    origin = load_state(base if base is not None else models[0])
+    origin: State = load_state(base if base is not None else models[0])
+    if base is not None and chosen is not None:
+        origin = _widened(origin, load_model(names[chosen], origin))
     states: dict[str, State] = {}
     for name, path in names.items():
         tell(len(states), steps, str(path))
@@ -172,6 +174,16 @@ def merge_checkpoints(
         facts=result.facts,
         notes=_notes(result, names, distances, chosen),
     )
+
+
+def _widened(origin: State, template: State) -> State:
+    """The base in the template's dtypes where those hold more: a merge is in its base's, and is rounded once."""
+    return {
+        name: one.to(torch.promote_types(one.dtype, template[name].dtype))
+        if name in template and one.is_floating_point() and template[name].is_floating_point()
+        else one
+        for name, one in origin.items()
+    }
 
 
 def write_merged(dst: str | os.PathLike[str], tensors: State, template: str | os.PathLike[str]) -> None:

@@ -170,7 +170,7 @@ class Function(Exact):
     function: Annotated[str, Field(pattern=_FUNCTION, examples=["module:name", "file.py:name"])]
     examples: Annotated[int, Field(ge=2)]
     metric: str = "score"
-    options: dict[str, str | int | float | bool] = {}
+    options: dict[str, str | int | FiniteFloat | bool] = {}
 
 
 TaskFields = Annotated[
