@@ -186,7 +186,6 @@ def test_the_best_preparations_are_followed_up() -> None:
         ),
         Job("full_dose", "protected", "anchor-coupled"),  # what level 1 stands on, whatever helped
     ]
-    assert not [job for job in done[2] if job.side == "plain"]
     after = [job for wave in done[3:] for job in wave if job.prepared is not None]
     assert {job.prepared for job in after} == {"quantise-4"}
     assert {job.side for job in after} == {"protected"}
@@ -245,12 +244,14 @@ def test_what_undoes_a_lock_comes_before_what_helps_and_damages() -> None:
         assert some.beam(found, "protected") == [first, other]
 
 
-def test_small_changes_of_the_unprotected_model_are_not_followed() -> None:
-    some, gains = waves(), {"quantise-8": 0.5, "substitute-mlp": 0.1}
-    found = {job: helped(gains, "plain")(job) for job in (Job("probe", "plain", n) for n in (None, *gains))}
-    assert some.beam(found, "plain") == ["substitute-mlp"]
-    found = {job: helped(gains)(job) for job in (Job("probe", "protected", n) for n in (None, *gains))}
-    assert some.beam(found, "protected") == ["quantise-8", "substitute-mlp"]
+def test_of_the_unprotected_model_nothing_has_to_be_undone() -> None:
+    gains = {"quantise-8": 0.5, "substitute-mlp": 0.1}
+    for side, kept in (("plain", []), ("protected", ["quantise-8", "substitute-mlp"])):
+        done = run(waves(1), helped(gains, side))
+        found = {job: helped(gains, side)(job) for wave in done for job in wave}
+        assert waves(1).beam(found, side) == kept  # type: ignore[arg-type]
+        after = {(job.side, job.prepared) for wave in done[2:] for job in wave if job.prepared}
+        assert {prepared for one, prepared in after if one == "plain"} == set()
 
 
 def test_what_was_not_probed_is_not_followed_up() -> None:

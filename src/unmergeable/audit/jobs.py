@@ -162,29 +162,20 @@ class Waves:
         Where the attack that level 1 stands on is not among them there may be nothing to undo. That has to be seen of
         more than a probe, which may fail on the unprotected model as well: by the merge that level 0 stands on.
         """
-        chosen = [name for name in self.shelf if name in CORE]
-        sides: tuple[Side, ...] = ("protected", "plain")
-        beams = {side: self.beam(found, side) for side in sides}
-        jobs = [Job(name, side, prepared) for side in sides for prepared in beams[side] for name in chosen]
-        if (
-            STANDS_ON[1] in self.preparations
-            and STANDS_ON[0] in chosen
-            and STANDS_ON[1] not in beams["protected"]
-        ):
+        chosen, beam = [name for name in self.shelf if name in CORE], self.beam(found, "protected")
+        jobs = [Job(name, "protected", prepared) for prepared in beam for name in chosen]
+        if STANDS_ON[1] in self.preparations and STANDS_ON[0] in chosen and STANDS_ON[1] not in beam:
             jobs.append(Job(STANDS_ON[0], "protected", STANDS_ON[1]))
         return jobs
 
     def follow(self, found: Found) -> list[Job]:
         """The merges of level 0 that do best on the unprotected model, after the best preparation."""
-        jobs = []
-        for side in ("protected", "plain"):
-            best = sorted(
-                (name for name in self.shelf if name not in CORE and Job(name, "plain") in found),
-                key=lambda name: -self.worth(found.get(Job(name, "plain"))),
-            )
-            for prepared in self.beam(found, side)[:1]:
-                jobs += [Job(name, side, prepared) for name in best[:FOLLOW]]
-        return jobs
+        best = sorted(
+            (name for name in self.shelf if name not in CORE and Job(name, "plain") in found),
+            key=lambda name: -self.worth(found.get(Job(name, "plain"))),
+        )
+        beam = self.beam(found, "protected")[:1]
+        return [Job(name, "protected", prepared) for prepared in beam for name in best[:FOLLOW]]
 
     def matched(self, found: Found) -> list[Job]:
         """What did best on the unprotected model, as it is or after something was done to it, on the protected one.
@@ -254,18 +245,16 @@ class Waves:
 
         The alignment whether it helped or not: merges of a hardened model fail aligned as well, but what is learnt from
         data, or taken block by block, is to be had in its own coordinates. And before all that damages the model, which
-        may help more by the few merges of a probe. Nothing has to be undone of the unprotected model: small changes of
-        it are more tries, and no more.
+        may help more by the few merges of a probe. Of the unprotected model nothing has to be undone: what is done to
+        it would be more tries, and no more.
         """
-        if side == "without":
+        if side != "protected":
             return []
         raw = self.worth(found.get(Job(PROBE_MERGE.name, side)))
         gains = {
             name: self.worth(found.get(Job(PROBE_MERGE.name, side, name))) - raw for name in self.preparations
         }
         helped = [name for name in self.preparations if gains[name] > HELPS]
-        if side == "plain":
-            helped = [name for name in helped if name not in CHANGES]
         nearer = [name for name in ANCHORED if name in self.preparations and self._nearer(found, side, name)]
         return list(dict.fromkeys([*nearer[:1], *sorted(helped, key=lambda name: -gains[name])]))[:BEAM]
 
