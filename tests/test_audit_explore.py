@@ -25,6 +25,7 @@ from unmergeable.audit.work import run_job
 from unmergeable.merging import check
 from unmergeable.merging.check import Facts
 from unmergeable.merging.grids import FULL_DOSE_GRID
+from unmergeable.merging.tensors import distance
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("single")]
 PROTECTED = thief_cases.PROTECTED
@@ -64,7 +65,8 @@ def test_a_row_tells_what_was_tried(bench: Bench, reference: Reference, row: Row
             scores = getattr(point, half)
             assert list(scores) == list(reference.tasks)
             assert all(len(found) == len(bench.index[task][half]) for task, found in scores.items())
-    assert {"moved", "shares", "near_base"} == row.facts.keys()
+    assert {"distance", "moved", "shares", "near_base"} == row.facts.keys()
+    assert row.facts["distance"] == pytest.approx(distance(bench.base, bench.models["plain"]))
     best = max(row.points, key=lambda point: min(reference.pair("validation", point.validation)))
     assert best is row.points[0]
     assert row.facts["shares"][PROTECTED] == pytest.approx(best.options["dose"], abs=0.01)
