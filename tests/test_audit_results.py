@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import yaml
 
 import thief_cases
 import unmergeable as um
-from audit_cases import ATTACKS, QUICK, audit, configuration
+from audit_cases import ATTACKS, QUICK, REQUIRED, audit, configuration
 from audit_form import FORM, complaints
+from unmergeable._parser import build_parser
 from unmergeable.attacks.prepare import COLLUDE
 from unmergeable.audit.jobs import PROOF
 from unmergeable.audit.report import render
@@ -111,8 +113,15 @@ def test_requirements_are_judged(shared: tuple[Path, AuditResult]) -> None:
 
 
 def test_the_command_does_it_again(shared: tuple[Path, AuditResult], models: Path, tmp_path: Path) -> None:
-    assert shared[1].command == f"unmergeable.audit(config, {str(shared[0])!r})"
+    assert shared[1].command == f"unmergeable.audit(config, {str(shared[0])!r}, require={REQUIRED!r})"
     path = tmp_path / "it's an audit.yaml"
     path.write_text(yaml.safe_dump(configuration(models, attacks=QUICK)))
     result = audit(path, tmp_path / "out", cache=shared[0] / "cache")
-    assert result.command == f"""unmergeable audit '{tmp_path}/it'"'"'s an audit.yaml' -o {tmp_path}/out"""
+    again = f"""unmergeable audit '{tmp_path}/it'"'"'s an audit.yaml' -o {tmp_path}/out"""
+    assert result.command == again
+    # What decides the exit code, and what was left out, belongs to it.
+    more = {"require": {0: 0.25}, "budget": 30.0}
+    result = audit(path, tmp_path / "out", cache=shared[0] / "cache", **more)
+    assert result.command == f"{again} --require 0=0.25 --budget 30"
+    parsed = vars(build_parser().parse_args(shlex.split(result.command)[1:]))
+    assert (dict(parsed["require"]), parsed["budget"]) == tuple(more.values())

@@ -170,6 +170,46 @@ def test_a_reader_that_leaves_is_no_error(session: Path) -> None:
     assert done.stderr == ""
 
 
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash."""
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, errors="replace", check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code(session: Path) -> None:
+    done = shell("unmergeable inspect nowhere --json | true; echo ${PIPESTATUS[0]}")
+    assert done.stdout == "3\n"
+    assert "Traceback" not in done.stderr
+    assert "no such file or folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("unmergeable lock --spec spec.json model closed-1 -k owner.key 2>&-", 0),
+        ("unmergeable lock --spec spec.json model closed-2 -k owner.key >&-", 0),
+        ("unmergeable lock --spec spec.json model closed-3 -k owner.key <&-", 0),
+        ("unmergeable inspect nowhere 2>&-", 3),
+        ("unmergeable lock --spec spec.json model closed-4 -k secret.key <&-", 2),
+    ],
+)
+def test_standard_streams_may_be_closed(command: str, code: int, session: Path) -> None:
+    if "secret" in command and not (session / "secret.key").exists():
+        made = shell("unmergeable keygen -o secret.key --passphrase", UNMERGEABLE_PASSPHRASE="a b c d e")
+        assert made.returncode == 0, made.stderr
+    done = shell(command)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_may_lack_characters(encoding: str, session: Path) -> None:
+    for command in ("unmergeable harden --help", "unmergeable merge --methods", "unmergeable audit --help"):
+        done = shell(command, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -193,16 +233,19 @@ def test_a_reader_that_leaves_is_no_error(session: Path) -> None:
         (["attack", "--seed", "1", "anchor-c"], {"anchor-coupled"}),
         (["attack", "anchor-coupled", "mod"], {"model"}),
         (["attack", "anchor-coupled", "--an"], {"--anchor"}),
+        (["attack", "--base", "mod"], {"model"}),  # of an option with a value, files
+        (["inspect", "blan"], {"blank name"}),
     ],
 )
 def test_completion_in_bash(session: Path, words: list[str], expected: set[str]) -> None:
+    (session / "blank name").mkdir(exist_ok=True)
     array = shlex.join(["unmergeable", *words])
     script = (
         f"COMP_WORDS=({array}); COMP_CWORD={len(words)}; _unmergeable; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     )
     source = _completion.completion(_parser.build_parser(), "bash")
     done = subprocess.run(["bash", "-c", source + script], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == expected
+    assert set(done.stdout.splitlines()) == expected
     assert done.stderr == ""
 
 

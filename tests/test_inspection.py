@@ -118,6 +118,17 @@ def test_a_model_card_says_what_the_manifest_says(model: Path, tmp_path: Path) -
         assert "does not stop" in text
     file = toy.write_file(tmp_path / "one.safetensors", toy.tensors())
     um.lock(file, tmp_path / "locked.safetensors", key=key, config=toy.CONFIG, spec=toy.spec())
-    assert key.id in model_card(tmp_path / "locked.safetensors")
+    text = model_card(tmp_path / "locked.safetensors")
+    assert key.id in text
+    assert "`locked.safetensors.unmergeable.json` beside the weights" in text
+    assert "every other file" not in text
+    um.lock(model, tmp_path / "scaled", key=key, spec=toy.spec(), scales=True)
+    text = model_card(tmp_path / "scaled")
+    assert "multiplied by powers of two" in text
+    assert "hold the same numbers" not in text
+    um.lock(model, tmp_path / "pruned", key=key, spec=toy.spec(), method="params", prune_rate=0.2)
+    text = model_card(tmp_path / "pruned")
+    assert "changes the outputs a little" in text
+    assert "computes what it computed before" not in text
     with pytest.raises(InputError, match="no locked model here"):
         model_card(model)

@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "harden",
         ),
         ("torch", ["demo"], "demo"),
+        ("yaml", ["attack", "wide", "models/fashion", "out", "--audit", "audit.yaml"], "audit"),
     ],
 )
 def test_it_is_named_and_nothing_is_written(

@@ -58,16 +58,18 @@ def _bash(prog: str, verbs: list[_Verb]) -> str:
         found = f"""COMPREPLY=($(compgen -W '{" ".join(items)}' -- "$cur"))"""
         return f"""{found}; COMPREPLY=("${{COMPREPLY[@]#"$colon"}}"); return"""
 
+    files = f"_{prog}_files; return"
+
     def first(verb: _Verb) -> str:
         """The first positional argument, as long as none of its values stands on the line."""
         given = "|".join(f'*" {value} "*' for value in verb.values)
         return f"""case "$given" in {given}) ;; *) {words(verb.values)} ;; esac"""
 
     of_options = [
-        f"    '{verb.name} {flag}') {words(option.values)} ;;"
+        f"    '{verb.name} {flag}') {words(option.values) if option.values else files} ;;"
         for verb in verbs
         for option in verb.options
-        if option.values
+        if option.valued
         for flag in option.flags
     ]
     of_verbs = [
@@ -94,6 +96,10 @@ def _bash(prog: str, verbs: list[_Verb]) -> str:
             *of_verbs,
             *of_values,
             "  esac",
+            f"  {files}",
+            "}",
+            f"_{prog}_files() {{",  # sees the variables of its caller; a name may have blanks in it
+            "  local IFS=$'\\n'",
             '  compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "$cur"))',
             '  COMPREPLY=("${COMPREPLY[@]#"$colon"}")',
             "}",

@@ -69,7 +69,7 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
         "--steps",
         metavar="N",
         type=positive,
-        help="of training (300; 600 for sequence to sequence, 1000 for language models)",
+        help="of training (300; 600 for sequence to sequence, 1200 for language models)",
     )
     parser.add_argument("--rate", metavar="R", type=float, help="the highest learning rate")
     parser.add_argument("--batch", metavar="N", type=positive, help="examples a step")

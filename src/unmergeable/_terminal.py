@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,17 @@ from .errors import InputError, UsageError
 PASSPHRASE = "UNMERGEABLE_PASSPHRASE"
 
 Progress = Callable[[int, int, str], None]
+
+
+def mend_streams() -> None:
+    """Make standard streams that can be written to: they may be closed, and a terminal may lack a character."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Not closed again: it is this process's, as long as that runs.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._parser import build_parser
+from ._terminal import mend_streams
 from .errors import InputError, RunError, UnmergeableError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 interrupted, 143 terminated.
     """
     args: argparse.Namespace | None = None
+    mend_streams()
     with suppress(ValueError):  # raised outside of the main thread: somebody else's signals
         signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -49,11 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if args is None or (error.name or "").partition(".")[0] in ("", __package__):
             return _unexpected(args, error)
-        return _report(args, _missing(args.verb, error))
+        return _report(args, _missing(args, error))
     except BrokenPipeError:
-        # The reader has gone, as in `unmergeable inspect MODEL | head`; nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _nobody_reads()
     except KeyboardInterrupt:
         print("unmergeable: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -68,15 +68,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _unexpected(args, error)
 
 
+def _nobody_reads() -> int:
+    """The reader has gone, as in `unmergeable inspect MODEL | head`; nothing may be flushed to it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
+
+
 def _unexpected(args: argparse.Namespace | None, error: Exception) -> int:
     """A bug: say so with all that helps to find it, and not by exit code 1."""
     traceback.print_exc()
     return _report(args, RunError(f"unexpected {type(error).__name__}: {error}"))
 
 
-def _missing(verb: str, error: ImportError) -> InputError:
+def _missing(args: argparse.Namespace, error: ImportError) -> InputError:
     """A package that is not installed, or is too old, and the extra that brings it."""
-    extra = _EXTRAS.get(verb, "prove")
+    verb = args.verb
+    extra = "audit" if getattr(args, "audit", None) else _EXTRAS.get(verb, "prove")
     if verb == "lock" and (error.name or "").startswith("scipy"):
         extra = "params"
     hint = f"pip install 'unmergeable[{extra}]'"
@@ -95,7 +102,13 @@ def _print(args: argparse.Namespace, outcome: Outcome) -> None:
 
 def _report(args: argparse.Namespace | None, error: UnmergeableError) -> int:
     if args is not None and getattr(args, "json", False):
-        _print_json({"document": "unmergeable.error", "version": 1, "command": args.verb, **error.as_dict()})
+        try:
+            _print_json(
+                {"document": "unmergeable.error", "version": 1, "command": args.verb, **error.as_dict()}
+            )
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _nobody_reads()  # what went wrong decides the exit code all the same
     message, _, hint = str(error).partition("\nhint: ") if error.hint else (str(error), "", "")
     print(f"unmergeable: error: {message}", file=sys.stderr)
     if hint:

@@ -138,6 +138,8 @@ def method_options(
                 "the cap on condition numbers is out of range", expected="1 to 1e6", got=condition
             )
         settings["condition"] = condition
+    elif condition != CONDITION:
+        raise UsageError("--condition belongs to the methods that compute", got=method)
     return settings
 
 

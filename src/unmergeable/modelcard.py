@@ -23,6 +23,10 @@ _QUANTISED = {
     True: "Quantised, it loses about what the original would.",
     False: "Quantised below eight bits it may lose more than the original would: measure it.",
 }
+_SCALED = (
+    "Rows and columns of its weight matrices were rearranged, some signs flipped, and some multiplied by powers of two "
+    "that cancel each other. Nothing was rounded, and the key restores every bit."
+)
 _PRUNED = "Part of its MLP weights was also dropped, which changes the outputs a little."
 
 
@@ -46,12 +50,16 @@ def model_card(model: str | os.PathLike[str]) -> str:
         )
     manifest = Manifest.read(manifest_path)
     done = _DONE.get(manifest.method, f"It was locked by the method {manifest.method}.")
-    if manifest.options.get("prune_rate"):
+    scales, pruned = (bool(manifest.options.get(name)) for name in ("scales", "prune_rate"))
+    if scales:
+        done = _SCALED
+    if pruned:
         done += f" {_PRUNED}"
     passed = sorted(name for name, part in manifest.components.items() if part.spec is None)
     if passed:
         done += f" These components were not locked: {', '.join(passed)}."
-    scales = bool(manifest.options.get("scales"))
+    same = "computes nearly what it computed before" if pruned else "computes what it computed before"
+    others = "" if path.is_file() else " and of every other file"
     tensors = sum(len(part.tensors) for part in manifest.components.values())
     return f"""\
 ## This model is locked against merging
@@ -59,7 +67,7 @@ def model_card(model: str | os.PathLike[str]) -> str:
 It was published with `unmergeable` {manifest.tool}, method `{manifest.method}`, under the key \
 `{manifest.key}`. {done}
 
-**Use it as any other model.** It loads with the stock library, computes what it computed before, can be \
+**Use it as any other model.** It loads with the stock library, {same}, can be \
 fine-tuned, and needs no key. {_QUANTISED[manifest.method == "exact" and not scales]} What does not fit it \
 any more, or in part only: adapters (LoRA) that were trained on its base, and anything else that reads its \
 weights by position.
@@ -71,7 +79,7 @@ weights by position, and its positions are its own.
 base, who puts both models side by side in a wider one, or who trains on its outputs or on labelled data. \
 It is a statement of the owner's will and a price, not a wall.
 
-**What can be checked:** `unmergeable.json` beside the weights holds the SHA-256 of {tensors:,} tensors and \
-of every other file, signed with the owner's key. `unmergeable inspect MODEL` shows its facts; who has the \
+**What can be checked:** `{manifest_path.name}` beside the weights holds the SHA-256 of {tensors:,} tensors\
+{others}, signed with the owner's key. `unmergeable inspect MODEL` shows its facts; who has the \
 original and the key can run `unmergeable verify ORIGINAL MODEL -k KEY`.
 """

@@ -77,9 +77,13 @@ def run_audit(
             found, left_out = _run(pool, store, waves, known, until, progress)
     rows = controlled(list(found.values()), known.reference)
     if isinstance(config, Mapping):
-        again = f"unmergeable.audit(config, {str(folder)!r})"
+        more = {"require": dict(require) if require else None, "budget": budget}
+        given = "".join(f", {name}={value!r}" for name, value in more.items() if value is not None)
+        again = f"unmergeable.audit(config, {str(folder)!r}{given})"
     else:
         again = f"unmergeable audit {shlex.quote(str(config))} -o {shlex.quote(str(folder))}"
+        again += "".join(f" --require {level}={value:g}" for level, value in (require or {}).items())
+        again += "" if budget is None else f" --budget {budget:g}"
     result = _result(known, rows, left_out, require or {}, time.monotonic() - started, again, folder)
     document = result.as_dict()
     _write(folder / "results.json", json.dumps(document, indent=1, allow_nan=False) + "\n")

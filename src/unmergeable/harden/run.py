@@ -41,7 +41,7 @@ DEFAULTS = {
     "image-classification": Settings(strength=0.15, steps=300, rate=3e-4, batch=64),
     "text-classification": Settings(strength=0.15, steps=300, rate=1e-4, batch=32),
     "sequence-to-sequence": Settings(strength=0.3, steps=600, rate=3e-4, batch=16),
-    "language-modelling": Settings(strength=0.3, steps=1000, rate=5e-4, batch=16),
+    "language-modelling": Settings(strength=0.3, steps=1200, rate=5e-4, batch=16),
 }
 # Where it is not the trap alone: beside it, hidden states that are alike cost less for as much; of text they do not.
 OBJECTIVE = {"image-classification": "trap+collapse"}
