@@ -16,7 +16,7 @@ DEFAULT_KEY_FILE = "unmergeable.key"
 
 _EPILOG = """\
 exit codes: 0 done and the claim holds, 1 a claim failed, 2 usage, 3 bad input, 4 failed while running,
-130 interrupted. Results go to stdout, messages to stderr.
+130 interrupted, 141 nobody reads its output, 143 terminated. Results go to stdout, messages to stderr.
 
 UNMERGEABLE_PASSPHRASE holds the key's passphrase where nobody can be asked."""
 
