@@ -187,7 +187,9 @@ def test_the_best_preparations_are_followed_up() -> None:
         Job("full_dose", "protected", "anchor-coupled"),  # what level 1 stands on, whatever helped
     ]
     after = [job for wave in done[3:] for job in wave if job.prepared is not None]
-    assert {job.prepared for job in after} == {"quantise-4"}
+    # What is learnt from data begins with a model that nothing has damaged.
+    assert {job.prepared for job in after if job.level <= 1} == {"quantise-4"}
+    assert {job.prepared for job in after if job.level > 1} == {"align-permutation"}
     assert {job.side for job in after} == {"protected"}
     taught = {job.attack for job in after if job.level > 1}
     assert taught == {
@@ -195,7 +197,7 @@ def test_the_best_preparations_are_followed_up() -> None:
         if attack.access > 1 and not name.startswith(("distil", "repair"))
     }  # fmt: skip
     assert Job("substitute-blocks", "protected", "quantise-4") in done[3]
-    assert not [job for job in after if job.attack == "wide"]  # the same under every symmetry
+    assert Job("wide", "protected", "quantise-4") in done[3]  # some classes share more than blocks hand on
 
 
 def test_a_preparation_that_hardly_helps_is_not_followed_up() -> None:
@@ -394,9 +396,12 @@ def test_a_start_is_not_repeated() -> None:
 
 
 def test_a_mean_is_taken_after_what_helped() -> None:
-    jobs = (Job("probe", "protected"), Job("probe", "protected", "quantise-4"))
-    found = {job: helped({"quantise-4": 0.4})(job) for job in jobs}
-    assert starts(found)[-1] == half(prepared="quantise-4")
+    jobs = (Job("probe", "protected"), Job("probe", "protected", "align-permutation"))
+    found = {job: helped({"align-permutation": 0.4})(job) for job in jobs}
+    assert starts(found)[-1] == half(prepared="align-permutation")
+    jobs = (Job("probe", "protected"), Job("probe", "protected", "substitute-mlp"))
+    found = {job: helped({"substitute-mlp": 0.4})(job) for job in jobs}
+    assert starts(found)[-1] == half(prepared=None)  # and of a whole model
 
 
 def test_a_start_is_compared_by_its_options() -> None:

@@ -111,3 +111,36 @@ def test_adapters_that_do_not_fit_are_refused_with_all_their_modules(tmp_path: P
     (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(InputError, match="only LoRA"):
         load_adapter(folder, transformer("llama").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"init_lora_weights": "pissa"}, "changes its base as well"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes its base as well"),
+        ({"init_lora_weights": "olora"}, "changes its base as well"),
+        ({"alora_invocation_tokens": [1, 2]}, "after some tokens alone"),
+    ],
+    ids=str,
+)
+def test_adapters_that_are_not_what_they_add(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = transformer("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **LINEAR))
+    adapted.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for started in ("gaussian", "eva", True):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": started}))
+        assert load_adapter(tmp_path, transformer("llama").state_dict()).deltas
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InputError, match=text):
+        load_adapter(tmp_path, transformer("llama").state_dict())
+
+
+def test_an_adapter_of_some_tokens_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = {**LINEAR, "trainable_token_indices": [1, 2]}
+    adapted = peft.get_peft_model(transformer("llama"), peft.LoraConfig(init_lora_weights=False, **settings))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="embeddings of some tokens alone"):
+        load_adapter(tmp_path, transformer("llama").state_dict())

@@ -125,6 +125,29 @@ def test_an_adapter_is_merged_as_the_model_it_makes(tmp_path: Path) -> None:
     torch.testing.assert_close(load_state(tmp_path / "m")[key], (want[key] + full.state_dict()[key]) / 2)
 
 
+def test_an_adapter_is_not_rounded_before_it_is_merged(tmp_path: Path) -> None:
+    """On a base of few bits its update would be mostly rounding."""
+    peft = pytest.importorskip("peft")
+    base = transformer("llama").to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        base.float(), peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    )
+    with torch.no_grad():
+        for name, one in adapted.named_parameters():
+            if "lora_B" in name:
+                one.mul_(0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge_checkpoints(
+        "task_arithmetic", [tmp_path / "adapter"], tmp_path / "base", tmp_path / "m", {"weight": 8.0}
+    )
+    start, found = (load_state(tmp_path / name) for name in ("base", "m"))
+    want = adapted.merge_and_unload().state_dict()
+    key = "model.layers.1.self_attn.v_proj.weight"
+    exact = start[key].float() + 8 * (want[key].float() - start[key].float())
+    torch.testing.assert_close(found[key].float(), exact.bfloat16().float(), rtol=1e-2, atol=0)
+
+
 def test_nothing_is_written_where_something_is_wrong(saved: dict[str, Path], tmp_path: Path) -> None:
     models = [saved["p"], saved["o"]]
     with pytest.raises(UsageError, match="ties needs the base"):

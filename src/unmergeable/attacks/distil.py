@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..tasks.padding import masks, without_padding
 from ..tasks.task import Call, Examples, TensorTask
 from .merges import PROBE
 from .repair import merged_with
@@ -84,13 +85,16 @@ class Distil:
         return student
 
     def _loss(self, task: TensorTask, teacher: Call, student: Call, batch: Examples) -> torch.Tensor:
+        counted = masks(batch)
         if self.target == "features":
             with torch.no_grad():
-                wanted = task.states(teacher, batch)[-1]
-            return torch.nn.functional.mse_loss(task.states(student, batch)[-1], wanted)
+                wanted = without_padding(task.states(teacher, batch)[-1], counted)
+            return torch.nn.functional.mse_loss(
+                without_padding(task.states(student, batch)[-1], counted), wanted
+            )
         with torch.no_grad():
-            answers = task.logits(teacher, batch).float()
-        logits = task.logits(student, batch).float()
+            answers = without_padding(task.logits(teacher, batch).float(), counted)
+        logits = without_padding(task.logits(student, batch).float(), counted)
         if self.target == "hard":
             return torch.nn.functional.cross_entropy(logits.flatten(0, -2), answers.argmax(-1).flatten())
         temperature = float(self.target.removeprefix("soft-"))

@@ -10,6 +10,7 @@ import torch
 
 from ..merging import Merged, merge_method
 from ..merging.statistics import EXACT_CLASSES, REDUCTIONS, Gram, fisher_information, grams
+from ..tasks.padding import masks, without_padding
 from ..tasks.task import Examples
 from .thief import TRAIN, Look, Subject, Thief
 from .training import batch_size
@@ -73,6 +74,7 @@ class RegMean(_Informed):
             module,
             lambda batch: thief.trainable(task).logits(module, batch.to(thief.device)),
             inputs.batches(batch_size(inputs)),
+            masks,
         )
 
 
@@ -101,7 +103,8 @@ class Fisher(_Informed):
         module = thief.modules[task]
 
         def logits(batch: Examples) -> torch.Tensor:
-            found = thief.trainable(task).logits(module, batch.to(thief.device))
+            batch = batch.to(thief.device)
+            found = without_padding(thief.trainable(task).logits(module, batch), masks(batch))
             classes, answers = found.shape[-1], found[..., 0].numel()
             # One gradient an example, or one a class; each costs as much as two passes forward.
             gradients = classes if answers == 1 and classes <= EXACT_CLASSES else 1

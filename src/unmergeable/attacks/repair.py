@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UsageError
 from ..merging import Merged
+from ..merging.tensors import possible
 from .merges import PROBE
 from .thief import Look, Subject, Thief, all_of, detached
 from .training import labelled, sampler, supervised, train
@@ -136,7 +137,7 @@ def merged_with(thief: Thief, student: Mapping[str, torch.Tensor], dose: float, 
     """base + dose · (student − base) + others · every other model's task vector."""
     own = thief.mixer.mix(dict.fromkeys(thief.others, others))
     shared = {
-        name: tensor + dose * (student[name].to(tensor) - thief.base[name].to(tensor))
+        name: possible(name, tensor + dose * (student[name].to(tensor) - thief.base[name].to(tensor)))
         if tensor.is_floating_point()
         else tensor
         for name, tensor in own.shared.items()

@@ -152,7 +152,10 @@ class Thief:
         """
         module = self.modules[task]
         held = {**self.heads.get(task, {}), **state}
+        # What norms have seen is no weight: nothing flows back to it.
+        seen = {name for name, _ in module.named_buffers()}
         used = {name: held_by(held, name, task) for name in module_state(module)}
+        used = {name: tensor.detach() if name in seen else tensor for name, tensor in used.items()}
 
         def run(**inputs: torch.Tensor) -> Any:
             return torch.func.functional_call(module, used, (), inputs)

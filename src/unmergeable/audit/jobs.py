@@ -197,8 +197,7 @@ class Waves:
         return [
             Job(job.attack, "protected", THEN.join(filter(None, [*undone, job.prepared])))
             for job in jobs
-            # A wide merge is the same under every symmetry.
-            if job.prepared in able or (undone and job.prepared is None and job.attack != "wide")
+            if job.prepared in able or (undone and job.prepared is None)
         ]
 
     def _adaptive(self, found: Found) -> list[Job]:
@@ -207,9 +206,7 @@ class Waves:
         for name in ("substitute-blocks", "wide"):
             if self._wanted(name):
                 for side in self._sides(name):
-                    # A wide merge is the same under every symmetry: no preparation changes it.
-                    prepared = self.beam(found, side)[:1] if name != "wide" else []
-                    jobs += [Job(name, side, one) for one in (None, *prepared)]
+                    jobs += [Job(name, side, one) for one in (None, *self.beam(found, side)[:1])]
         return jobs
 
     def _taught(self, found: Found, level: int, first: bool) -> list[Job]:
@@ -226,8 +223,8 @@ class Waves:
                 if isinstance(attack, Repair):
                     jobs.append(Job(name, side, starts=self._starts(found, side)))
                 else:
-                    best = self.beam(found, side)[:1] if not name.startswith("distil") else []
-                    jobs.append(Job(name, side, best[0] if best else None))
+                    whole = None if name.startswith("distil") else self._whole(found, side)
+                    jobs.append(Job(name, side, whole))
         return jobs
 
     # --- choices ---------------------------------------------------------------------------------------------
@@ -267,6 +264,10 @@ class Waves:
                 return bool(near < NEARER * far)
         return False
 
+    def _whole(self, found: Found, side: Side) -> str | None:
+        """What to do to a model before anything is learnt from data: nothing that damages it."""
+        return next((name for name in self.beam(found, side) if name not in LOSSY), None)
+
     def _starts(self, found: Found, side: Side) -> tuple[Start, ...]:
         """The best merge, the best with a quarter of the thief's own, and a plain mean of task vectors."""
         known: list[tuple[float, float, Start]] = []
@@ -279,9 +280,8 @@ class Waves:
         within = [one for one in known if one[1] >= self.reference.floors[1]]
         if within:
             starts.append(max(within, key=lambda one: one[0])[2])
-        best = self.beam(found, side)
         half = {"others": 0.5} if side == "without" else {"dose": 0.5, "others": 0.5}
-        starts.append(Start.of("task_arithmetic", best[0] if best else None, half))
+        starts.append(Start.of("task_arithmetic", self._whole(found, side), half))
         return tuple(dict.fromkeys(starts))
 
 

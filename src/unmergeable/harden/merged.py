@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..merging.tensors import possible
 from .draws import Coefficient, Draw
 from .even import evened
 
 if TYPE_CHECKING:
     from ..merging import State
-
-# A sum of task vectors may leave less than no variance, of which no norm makes a number.
-VARIANCE = "running_var"
 
 
 class Weights:
@@ -123,7 +121,7 @@ class Weights:
                 torch._foreach_add_(merged, origins)
                 _add(merged, [(draw.other[n], direction[n]) if draw.other[n] else None for n in names])
                 for name, one, weight in zip(names, tensors, merged, strict=True):
-                    one.data = weight.clamp(min=0) if name.endswith(VARIANCE) else weight
+                    one.data = possible(name, weight)
             yield
             with torch.no_grad():
                 found = [(one.grad, part) for one, part in zip(tensors, own, strict=True)]

@@ -19,7 +19,7 @@ from ..errors import RunError, UsageError
 from . import Merged
 from .blocks import Unit, layout
 from .simple import DOSES_OTHERS, DOSES_PROTECTED, FULL_DOSE_GRID
-from .tensors import split
+from .tensors import possible, split
 
 if TYPE_CHECKING:
     from . import State
@@ -142,6 +142,8 @@ class Mixer:
         for delta, weight in zip(self._deltas[name].values(), weights, strict=True):
             if weight:
                 out.add_(delta, alpha=weight)
+        if (kept := possible(name, out)) is not out:
+            out.copy_(kept)
 
     def run(self, points: Iterable[Coefficients]) -> Iterator[tuple[Coefficients, Merged]]:
         """Every point of a grid and its merge, one at a time, always in the same buffer."""

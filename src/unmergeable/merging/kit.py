@@ -16,7 +16,7 @@ import torch
 
 from ..errors import InputError, UsageError
 from . import Merged
-from .tensors import split
+from .tensors import possible, split
 
 if TYPE_CHECKING:
     from . import State
@@ -163,7 +163,7 @@ def kit(
             origin = _floats(base, some, base, method)
             merged = _run(name, method, inputs, origin, settings, with_base)
             for tensor, value in merged.items():
-                shared[tensor] = value.reshape(base[tensor].shape).to(base[tensor].dtype)
+                shared[tensor] = possible(tensor, value).reshape(base[tensor].shape).to(base[tensor].dtype)
     return Merged(shared, parts.private)
 
 

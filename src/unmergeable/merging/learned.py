@@ -16,7 +16,7 @@ import torch
 from ..errors import InputError, RunError, UsageError
 from . import Merged
 from .blocks import layout
-from .tensors import split
+from .tensors import possible, split
 
 if TYPE_CHECKING:
     from . import State
@@ -112,7 +112,8 @@ class Coefficients(torch.nn.Module):
         for name, origin in self._base.items():
             c = self.coefficient(name)
             delta = self._deltas[name]
-            out[name] = origin + (c.reshape(*c.shape, *(1,) * (delta.ndim - c.ndim)) * delta).sum(0)
+            total = origin + (c.reshape(*c.shape, *(1,) * (delta.ndim - c.ndim)) * delta).sum(0)
+            out[name] = possible(name, total)
         return out
 
     def snapshot(self) -> Merged:

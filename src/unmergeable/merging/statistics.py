@@ -6,7 +6,7 @@ The statistics of a model are gathered once, by running it, and handed to the me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,12 @@ class Gram:
     count: int
 
 
-def grams(module: torch.nn.Module, run: Callable[[Any], object], batches: Iterable[Any]) -> dict[str, Gram]:
+def grams(
+    module: torch.nn.Module,
+    run: Callable[[Any], object],
+    batches: Iterable[Any],
+    masks: Callable[[Any], Sequence[torch.Tensor]] | None = None,
+) -> dict[str, Gram]:
     """Gram matrices of the inputs of every linear layer of a module, by the name of its weight.
 
     What is linear is seen and not named: a module whose output is its input times its two-dimensional weight,
@@ -43,6 +48,7 @@ def grams(module: torch.nn.Module, run: Callable[[Any], object], batches: Iterab
         module: in evaluation mode; not changed.
         run: runs the module on one batch.
         batches: of inputs.
+        masks: of a batch, the positions that count, booleans (n, positions); inputs of other shapes count in full.
 
     Raises:
         InputError: no batch, or nothing in the module is linear.
@@ -50,6 +56,7 @@ def grams(module: torch.nn.Module, run: Callable[[Any], object], batches: Iterab
     totals: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
     axes: dict[str, int | None] = {}
+    counted: Sequence[torch.Tensor] = ()
 
     def watch(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], Any], None]:
         def hook(layer: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -58,7 +65,9 @@ def grams(module: torch.nn.Module, run: Callable[[Any], object], batches: Iterab
                 return
             if axes.setdefault(name, _input_axis(layer, x, output)) is None:
                 return
-            rows = x.detach().reshape(-1, x.shape[-1]).double()
+            kept = next((mask for mask in counted if mask.shape == x.shape[:-1]), None)
+            rows = (x.detach() if kept is None else x.detach()[kept.to(x.device)]).reshape(-1, x.shape[-1])
+            rows = rows.double()
             totals[name] = totals.get(name, 0) + rows.T @ rows
             counts[name] = counts.get(name, 0) + len(rows)
 
@@ -72,6 +81,7 @@ def grams(module: torch.nn.Module, run: Callable[[Any], object], batches: Iterab
     try:
         with torch.no_grad():
             for batch in batches:
+                counted = () if masks is None else masks(batch)
                 run(batch)
     finally:
         for handle in handles:

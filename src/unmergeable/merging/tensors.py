@@ -225,8 +225,13 @@ def merge_deltas(
                 model: models[model][name].to(origin.device, torch.float32) - start
                 for model in parts.shared[name]
             }
-            shared[name] = (start + mix(name, deltas)).to(origin.dtype)
+            shared[name] = possible(name, start + mix(name, deltas)).to(origin.dtype)
     return Merged(shared, parts.private)
+
+
+def possible(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A merged tensor as a model can have it: a sum may leave less than no variance, and norms take its root."""
+    return tensor.clamp(min=0) if name.endswith("running_var") else tensor
 
 
 def largest_entries(tensor: torch.Tensor, count: int) -> torch.Tensor:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Ways to begin an adapter that take its first update off the base.
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PAIRS = {
     ".lora_A.weight": ".lora_B.weight",
     ".lora_embedding_A": ".lora_embedding_B",
@@ -140,6 +142,7 @@ def load_adapter(path: str | os.PathLike[str], base: State) -> TaskVector:
     if kind != "LORA":
         raise InputError("only LoRA adapters have a task vector here", where=path, expected="LORA", got=kind)
     tensors = {name.removeprefix(PREFIX): value for name, value in _read(folder / WEIGHTS).items()}
+    _check_added(config, tensors, path)
     problems = Problems(path)
     deltas: dict[str, torch.Tensor] = {}
     replaced: dict[str, torch.Tensor] = {}
@@ -156,6 +159,28 @@ def load_adapter(path: str | os.PathLike[str], base: State) -> TaskVector:
     if not deltas:
         raise InputError("the adapter holds no LoRA matrices", where=path)
     return TaskVector(deltas, replaced)
+
+
+def _check_added(config: Mapping[str, Any], names: Iterable[str], path: object) -> None:
+    """Refuse adapters that are not what they add to the base.
+
+    Raises:
+        InputError: of an initialisation that changes the base itself, of some tokens alone, or at some tokens alone.
+    """
+    started = config.get("init_lora_weights")
+    if isinstance(started, str) and started.startswith(REBASED):
+        raise InputError(
+            "the adapter changes its base as well: what it adds is not what it is worth", where=path,
+            got=f"init_lora_weights {started!r}",
+            hint="convert it, by peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )  # fmt: skip
+    if config.get("alora_invocation_tokens"):
+        raise InputError(
+            "the adapter acts after some tokens alone", where=path, got="alora_invocation_tokens"
+        )
+    rows = next((name for name in names if "token_adapter" in name or "trainable_tokens" in name), None)
+    if rows is not None:
+        raise InputError("the adapter trains the embeddings of some tokens alone", where=path, got=rows)
 
 
 def _other(name: str, tensor: torch.Tensor, base: State, replaced: dict[str, torch.Tensor]) -> None:

@@ -142,7 +142,8 @@ def merge_checkpoints(
     states: dict[str, State] = {}
     for name, path in names.items():
         tell(len(states), steps, str(path))
-        states[name] = load_model(path, origin)
+        # An adapter in a base of few bits would be rounded before it is merged.
+        states[name] = load_model(path, _in_float32(origin) if is_adapter(path) else origin)
     settings = dict(options or {})
     if base is None and known is not None and known.base == "optional":
         settings.setdefault("with_base", False)
@@ -174,6 +175,10 @@ def merge_checkpoints(
         facts=result.facts,
         notes=_notes(result, names, distances, chosen),
     )
+
+
+def _in_float32(state: State) -> State:
+    return {name: one.float() if one.is_floating_point() else one for name, one in state.items()}
 
 
 def _widened(origin: State, template: State) -> State:
