@@ -92,6 +92,34 @@ def test_towers_with_different_numbers_of_heads(heads: tuple[int, int], tmp_path
     refused(whisper(tmp_path / "model", *heads), "different numbers of heads")
 
 
+def test_a_spec_of_ones_own_is_no_way_around(tmp_path: Path) -> None:
+    path = whisper(tmp_path / "model", 4, 2)
+    (spec,) = shipped("WhisperForConditionalGeneration")
+    (tmp_path / "spec.json").write_text(json.dumps(spec.as_dict()))
+    for own in (tmp_path / "spec.json", spec):
+        refused(path, "different numbers of heads", spec=own)
+    bert = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    refused(saved(bert, tmp_path / "bert"), "another configuration|not what its config says", spec=spec)
+
+
+def test_a_spec_of_ones_own_reads_other_spellings(tmp_path: Path) -> None:
+    """Where the class takes a field by another name, its default is not what counts."""
+    config = transformers.DistilBertConfig(
+        dim=96, hidden_dim=64, n_layers=1, n_heads=8, vocab_size=50, max_position_embeddings=32
+    )
+    path = saved(transformers.DistilBertForMaskedLM(config), tmp_path / "model")
+    fields = json.loads((path / "config.json").read_text())
+    fields["num_attention_heads"] = fields.pop("n_heads")
+    (path / "config.json").write_text(json.dumps(fields))
+    (spec,) = shipped("DistilBertForMaskedLM")
+    um.lock(path, tmp_path / "locked", key=toy.key(), spec=spec)
+    assert apart(path, tmp_path / "locked", TOKENS) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

@@ -16,6 +16,7 @@ import toy
 from unmergeable.certificate import Check
 from unmergeable.errors import InputError, UsageError
 from unmergeable.lock import lock
+from unmergeable.sketch import probes
 from unmergeable.unlock import unlock
 from unmergeable.verify import verify
 from verify_toys import Edit, check, copy, edit, failed, make_models, named
@@ -147,8 +148,9 @@ def test_the_document_is_json_and_the_seed_is_stated(models: Path) -> None:
 
 def test_threads_and_progress_change_nothing(models: Path) -> None:
     told: list[tuple[int, int, str]] = []
-    one = check(models / "src", models / "gauge", key=toy.key(), jobs=1, progress=lambda *a: told.append(a))
-    four = check(models / "src", models / "gauge", key=toy.key(), jobs=4)
+    given: dict[str, Any] = {"key": toy.key(), "seed": 0}
+    one = check(models / "src", models / "gauge", jobs=1, progress=lambda *a: told.append(a), **given)
+    four = check(models / "src", models / "gauge", jobs=4, **given)
     assert one.checks == four.checks
     assert told[-1][0] == told[-1][1]
     assert all(a[0] <= b[0] for a, b in pairwise(told))
@@ -318,3 +320,47 @@ def test_models_that_cannot_be_run_are_not(models: Path) -> None:
     assert found.checks[-1].held is None
     with pytest.raises(UsageError, match="cannot be run"):
         check(models / "src", models / "exact", run="always")
+
+
+# --- no excuse -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("size", [0.0, 1e-7], ids=["zeros", "hardly more"])
+def test_a_row_of_zeros_excuses_nothing(dtype: str, size: float, tmp_path: Path) -> None:
+    """What half of a dtype's smallest step does to it is no measure for the rows beside it."""
+    values = toy.tensors()
+    for layer in range(toy.LAYERS):
+        values[f"l.{layer}.q.bias"][:] *= size
+        values[f"l.{layer}.v.bias"][:] *= size
+        values[f"l.{layer}.x.1.up"][0] *= size
+    src = toy.write(tmp_path / "src", values, dtype=dtype)
+    lock(src, tmp_path / "gauge", key=toy.key(), spec=toy.spec(), method="gauge")
+    honest = check(src, tmp_path / "gauge", key=toy.key())
+    assert honest.holds, failed(honest)
+    random = np.random.default_rng(0)
+    for name in ("l.0.v.weight", "l.1.q.weight", "l.0.x.1.down"):
+        other = toy.load(tmp_path / "gauge")
+        other[name] = random.normal(size=other[name].shape)
+        toy.write(tmp_path / name, other, dtype=dtype)  # there is no manifest that would know it
+        found = check(src, tmp_path / name)
+        assert not found.holds, name
+
+
+def test_what_one_set_of_probes_does_not_see_another_does(tmp_path: Path) -> None:
+    """A change that is orthogonal to known probes: nobody knows them beforehand."""
+    src = toy.write(tmp_path / "src", toy.tensors(), dtype="F64")
+    changed = toy.load(src)
+    for name in ("l.0.v.weight", "l.0.q.weight"):
+        change = np.random.default_rng(1).normal(size=changed[name].shape)
+        for axis in (0, 1):
+            seen = probes(change.shape[axis], 0)
+            over = seen @ np.linalg.pinv(seen)
+            change = change - (over @ change if axis == 0 else change @ over)
+        changed[name] = changed[name] + change
+    toy.write(tmp_path / "changed", changed, dtype="F64")
+    for _ in range(3):
+        assert not check(src, tmp_path / "changed").holds
+    one, two = (check(src, src) for _ in range(2))
+    assert one.holds
+    assert one.seed != two.seed

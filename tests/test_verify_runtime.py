@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import toy
+from unmergeable import runtime
 from unmergeable.checkpoint import open_checkpoint, to_bits, to_float64
 from unmergeable.errors import RunError
 from unmergeable.lock import lock
@@ -159,4 +160,41 @@ def test_without_room_or_torch_nothing_is_run(models: Path, monkeypatch: pytest.
     monkeypatch.setattr("unmergeable.runtime.find_spec", lambda name: None)
     found = verify(models / "f32", models / "f32-exact", spec=spec())
     assert "not installed" in found.checks[-1].detail
+    assert found.holds
+
+
+def test_where_rounding_changes_everything_nothing_is_said(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound that unrelated outputs would meet is no evidence."""
+    real = runtime._distance
+    monkeypatch.setattr(runtime, "_distance", lambda new, old: 0.3 + real(new, old))
+    found = verify(models / "bf16", models / "bf16-exact", spec=spec(), run="always")
+    checks = [entry for entry in found.checks if entry.name.startswith("runtime")]
+    assert {entry.held for entry in checks} == {None}
+    assert all("they tell nothing" in entry.detail for entry in checks)
+
+
+def test_answers_that_are_hardly_ever_the_same_are_others(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agreements = iter(([0.3] * 8 + [0.9] * 8) * 2)  # of the locked model, and of noise
+    monkeypatch.setattr(runtime, "_agreement", lambda new, old: next(agreements))
+    found = verify(models / "bf16", models / "bf16-exact", spec=spec(), run="always")
+    assert not all(entry.held for entry in found.checks if entry.name.startswith("runtime"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_mixtures_of_experts_are_run(dtype: str, tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "src")
+    lock(tmp_path / "src", tmp_path / "locked", key=toy.key())
+    found = verify(tmp_path / "src", tmp_path / "locked", run="always")
+    checks = {entry.name: entry.held for entry in found.checks if entry.name.startswith("runtime")}
+    assert checks["runtime float64"] is True, checks
     assert found.holds

@@ -105,6 +105,7 @@ def _verified(args: argparse.Namespace, key: Key | None) -> Outcome:
             args.dst,
             key=key,
             run=getattr(args, "run", "auto"),
+            seed=getattr(args, "seed", None),
             config=args.config,
             spec=args.spec,
             jobs=args.jobs,

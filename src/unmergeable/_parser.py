@@ -130,6 +130,9 @@ def _verify(verbs: argparse._SubParsersAction[Parser]) -> None:
         default="auto",
         help="also load both with their stock class and compare outputs (%(default)s: if both fit in memory)",
     )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of the random probes, to see once more what one run has found"
+    )
     architecture(parser)
     jobs(parser)
     quiet(parser)

@@ -31,6 +31,7 @@ MEMORY = 96 * 2**20  # working memory of all tasks together, unless one alone ne
 COPY_BYTES = 2 << 20
 # By dtype: the largest relative error of rounding to nearest, half an ulp of the smallest mantissa.
 HALF_ULP = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
+HALF_STEP = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150, "F64": 0.0}  # half of the smallest one
 
 Progress = Callable[[int, int, str], None]
 Sampler = Callable[[str, Sample], None]

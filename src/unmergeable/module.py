@@ -152,7 +152,7 @@ def _match(
 ) -> Match:
     """The spec whose names are those in memory: its own, or its checkpoint's where they agree."""
     where = type(model).__name__
-    from .specs import find_spec
+    from .specs import find_spec, given
     from .specs.guards import note_unread, spare_named_heads
 
     fields = read_config(config)
@@ -181,7 +181,7 @@ def _match(
     for attempt in (shapes, everything):  # a tied name may be left out of a checkpoint, or not
         try:
             if isinstance(spec, Spec):
-                found, canonical = spec, {**spec.defaults, **fields}
+                found, canonical = given(spec, fields, attempt, where)
             else:
                 found, canonical = find_spec(fields, attempt, spec_file=spec, where=where)
             spared = note_unread(spare_named_heads(found, fields, generation), attempt)

@@ -172,14 +172,14 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
     if config is None:
         hint = "give the model's config.json by --config"
         raise InputError("there is no config.json", where=source.root, hint=hint)
-    from .specs import find_spec
+    from .specs import find_spec, given
     from .specs.guards import note_unread, spare_named_heads
 
     beside = source.root / GENERATION
     generation = load_json(beside) if not source.single_file and beside.is_file() else {}
     if isinstance(spec, Spec):
-        spared = spare_named_heads(spec, config, generation)
-        return match_spec(spared, shapes, {**spec.defaults, **config}, str(source.root))
+        found, canonical = given(spec, config, shapes, str(source.root))
+        return match_spec(spare_named_heads(found, config, generation), shapes, canonical, str(source.root))
     try:
         found, canonical = find_spec(config, shapes, spec_file=spec, where=str(source.root))
     except Contradiction:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 
 import numpy as np
 
 from .certificate import Check
 from .checkpoint import to_float64
-from .engine import HALF_ULP, MEMORY, Gate, Job, Meter
+from .engine import HALF_STEP, HALF_ULP, MEMORY, Gate, Job, Meter
 from .errors import InputError
 from .execute import compile_chain, run
 from .keys import Key
@@ -137,10 +137,13 @@ def _undo(source: Member, locked: Member, job: Job, condition: float, gate: Gate
     meter.add(stored.nbytes, labelled(locked, info.name))
     norm = sqrt(state["norm"])
     measured = (
-        sqrt(state["error"]) / norm if norm and np.isfinite(state["error"]) else float(not state["identical"])
+        sqrt(state["error"]) / norm if norm and np.isfinite(state["error"]) else float(state["error"] != 0)
     )
-    half = max(HALF_ULP.get(info.dtype, 0.0), HALF_ULP.get(stored.dtype, 0.0))
-    bound = FACTOR * half * _growth(condition)
+    half, step = (
+        max(known.get(info.dtype, 0.0), known.get(stored.dtype, 0.0)) for known in (HALF_ULP, HALF_STEP)
+    )
+    # Numbers that are hardly larger than a dtype's smallest step are rounded to whole steps.
+    bound = FACTOR * _growth(condition) * (half + (step * sqrt(prod(shape)) / norm if norm else 0.0))
     return _Result(
         labelled(source, info.name), bool(state["identical"]), not chain.plan.exact, measured, bound
     )

@@ -37,7 +37,9 @@ def randomize(model: nn.Module, seed: int) -> None:
     for name, buffer in model.named_buffers():
         if name in saved and buffer.is_floating_point():
             noise = torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype)
-            buffer.copy_(buffer * (1 + 0.25 * noise) if bool((buffer > 0).all()) else buffer + 0.1 * noise)
+            # A limit that nothing ever reaches would hide what real ones do.
+            held = torch.where(torch.isfinite(buffer), buffer, 0.5 * buffer.sign())
+            buffer.copy_(held * (1 + 0.25 * noise) if bool((held > 0).all()) else held + 0.1 * noise)
 
 
 def _is_constant(parameter: torch.Tensor) -> bool:

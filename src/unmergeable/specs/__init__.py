@@ -23,6 +23,7 @@ from ..spec import Spec
 from .guards import check_agrees, check_own_code
 
 Found = tuple[Spec, dict[str, Any]]
+ANY: Mapping[str, Any] = {}  # among the configurations of a spec that is for every one
 
 
 def find_spec(
@@ -193,18 +194,27 @@ def _from_file(path: Path, config: Mapping[str, Any], shapes: Shapes, where: str
         raise InputError("cannot read the spec", where=path, got=error.strerror) from None
     except ValueError as error:
         raise InputError("the spec is not JSON", where=path, got=str(error)) from None
-    spec = Spec.from_dict(data, str(path))
+    return given(Spec.from_dict(data, str(path)), config, shapes, where)
+
+
+def given(spec: Spec, config: Mapping[str, Any], shapes: Shapes, where: str) -> Found:
+    """A spec of one's own, and the config in its spelling, where it is of this configuration.
+
+    Raises:
+        InputError: it was proven for another one. Contradiction: config and tensors, or config and class, disagree.
+    """
     canonical = canonical_config(config, spec.defaults)
     mine, proven = structure(canonical), dict(spec.configs[0])
-    if mine not in spec.configs:
+    if ANY not in spec.configs and mine not in spec.configs:
         names = sorted(key for key in {*mine, *proven} if mine.get(key) != proven.get(key))
         raise InputError(
             "the spec was proven for another configuration",
-            where=path,
+            where=where,
             expected=", ".join(f"{name} = {proven.get(name)!r}" for name in names),
-            got=", ".join(f"{mine.get(name)!r}" for name in names),
+            got=", ".join(f"{name} = {mine.get(name)!r}" for name in names),
         )
     match_spec(spec, shapes, canonical, where)
+    check_agrees(spec, config, canonical, where)
     return spec, canonical
 
 
