@@ -120,3 +120,45 @@ def test_what_has_no_wide_merge_is_refused() -> None:
         WideModel([model, model], [0.5, 0.5])(**inputs("llama"), use_cache=True)
     with pytest.raises(UsageError, match="sum to zero"):
         WideModel([model, nudged(model, 1)], [1.0, -1.0])
+
+
+# --- blocks that hand on more than their stream ---------------------------------------------------------------
+
+
+def t5(seed: int) -> nn.Module:
+    import transformers as tf
+
+    torch.manual_seed(seed)
+    config = tf.T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=3, num_heads=4, decoder_start_token_id=0
+    )
+    model = tf.T5ForConditionalGeneration(config).eval().double()
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if "relative_attention_bias" in name:
+                one.copy_(3 * torch.randn_like(one))
+    return model
+
+
+def answers(model: nn.Module) -> torch.Tensor:
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=tokens, decoder_input_ids=tokens[:, :7], use_cache=False).logits
+    return found
+
+
+def test_biases_of_positions_are_every_models_own() -> None:
+    """T5's first block makes them for all others: each model's blocks must have its own."""
+    base, other = t5(0), t5(1)
+    shared = {name: value for name, value in other.state_dict().items() if ".block." not in name}
+    base.load_state_dict({**base.state_dict(), **shared})
+    for host in (0, 1):
+        wide = WideModel([base, other], [0.0, 1.0], host=host)
+        assert relative(answers(wide), answers(other)) < 1e-9
+        assert not wide.handed
+    locked = copy.deepcopy(other)
+    lock_module(locked, key=toy.key(), salt=bytes(32))
+    assert relative(answers(locked), answers(other)) < 1e-9
+    for host in (0, 1):
+        one, two = (WideModel([base, model], [0.6, 0.4], host=host) for model in (other, locked))
+        assert relative(answers(one), answers(two)) < 1e-9

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -77,9 +77,11 @@ class WideModel(nn.Module):
         self.model = copy.deepcopy(models[host], memo)
         shared = {part for path in paths for block in stacks[path][host] for part in block.modules()}
         self.private = self._outside(models, paths, tuple(private))
+        self.handed: Handed = {}
         for path in paths:
             blocks = [
-                WideBlock(columns, self.weights, host, parts) for columns in zip(*stacks[path], strict=True)
+                WideBlock(columns, self.weights, host, parts, self.handed)
+                for columns in zip(*stacks[path], strict=True)
             ]
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, nn.ModuleList(blocks))
@@ -95,7 +97,11 @@ class WideModel(nn.Module):
         """As the models' own; caches of keys are refused."""
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
             raise UsageError("a wide model runs without a cache", hint="call it with use_cache=False")
-        return self.model(*args, **kwargs)
+        self.handed.clear()
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.handed.clear()
 
     def _outside(self, models: Sequence[nn.Module], paths: list[str], own: tuple[str, ...]) -> list[str]:
         """Average what lies outside of blocks; returns the names of what the models do not share."""
@@ -133,16 +139,28 @@ def _values(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+# By the identity of what the host's block gave behind its stream, what every model's block gave there.
+Handed: TypeAlias = dict[int, tuple[Any, ...]]
+
+
 class WideBlock(nn.Module):
     """One block of every model: x + Σ wᵢ fᵢ(x), or the same behind each part that writes to x.
 
     Attributes of the host's block are seen through it, for models that ask a block for its kind.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], weights: Sequence[float], host: int, parts: str) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        weights: Sequence[float],
+        host: int,
+        parts: str,
+        handed: Handed | None = None,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.weights, self.host = tuple(weights), host
+        self.handed: Handed = {} if handed is None else handed
         # None: not probed yet; else the names of the children that write to the stream, in order; () if whole.
         self.writers: tuple[str, ...] | None = None if parts == "auto" else ()
 
@@ -162,11 +180,22 @@ class WideBlock(nn.Module):
         return self._by_parts(x, args, kwargs) if self.writers else self._whole(x, args, kwargs)
 
     def _whole(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        outputs = [block(*args, **kwargs) for block in self.blocks]
+        outputs = []
+        for number, block in enumerate(self.blocks):
+            own = tuple(self._own(value, number) for value in args)
+            outputs.append(block(*own, **{name: self._own(value, number) for name, value in kwargs.items()}))
+        for behind in zip(*(one[1:] for one in outputs if isinstance(one, tuple)), strict=False):
+            if isinstance(behind[self.host], torch.Tensor):
+                self.handed[id(behind[self.host])] = behind
         y = x
         for output, weight in zip(outputs, self.weights, strict=True):
             y = y + weight * (_first(output, x) - x)
         return _like(outputs[self.host], y)
+
+    def _own(self, value: Any, number: int) -> Any:
+        """What a model's own earlier blocks handed on, where it stands for the host's: T5's biases of positions."""
+        held = self.handed.get(id(value))
+        return value if held is None or held[self.host] is not value else held[number]
 
     def _by_parts(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run every block up to each writer with the sums of the writers before it in their places."""
