@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
@@ -22,12 +22,9 @@ from .invariants import PERMUTING, Cells, invariants
 from .match import Instance, Match, MatchedSite
 from .matching import match_rows
 from .ordering import reorder, signature, typical
-from .sketch import Noise, Sketch, shake
+from .rounding import EXACT_BOUND, Judged, errors, errors_of_zeros, limits
+from .sketch import Noise, Sketch
 from .spec import Slot
-
-EXACT_BOUND = 1e-10
-NOISE_FACTOR = 4.0
-DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -296,20 +293,26 @@ class Component:
         """
         source = self.tables(before)
         aligned = self._align(source, self.tables(after))
-        errors = [_errors(a.cells, b) for a, b in zip(source, aligned, strict=True)]
-        bounds = [np.full(found.shape, EXACT_BOUND) for found in errors]
+        apart = [errors(a.cells, b) for a, b in zip(source, aligned, strict=True)]
+        bounds = [np.full(found.shape, EXACT_BOUND) for found in apart]
         if noise is not None:
-            bounds, steps = self._bounds(source, before, noise, seed)
-            errors = [
-                _of_zeros(found, a.cells, b, step)
-                for found, a, b, step in zip(errors, source, aligned, steps, strict=True)
+            bounds, steps = limits(
+                [Judged(table.cells, table.site, table.strict) for table in source],
+                lambda shaken: [table.cells for table in self.tables(shaken)],
+                {name: before[name] for name in self.names},
+                noise,
+                seed,
+            )
+            apart = [
+                errors_of_zeros(found, a.cells, b, step)
+                for found, a, b, step in zip(apart, source, aligned, steps, strict=True)
             ]
         findings = {}
         for number in self.sites:
             own = [k for k, table in enumerate(source) if table.site == number]
             # a site that only orders others' rows is judged by the tables that it orders
             judged = own or [k for k, table in enumerate(source) if self._orders(number, table)]
-            found = [self._finding(number, source[k], errors[k], bounds[k]) for k in judged]
+            found = [self._finding(number, source[k], apart[k], bounds[k]) for k in judged]
             failed = [finding for finding in found if not finding.held]
             if failed:
                 findings[number] = failed[0]
@@ -317,56 +320,22 @@ class Component:
                 findings[number] = max(found, key=lambda finding: finding.measured / finding.bound)
         return list(findings.values())
 
-    def _bounds(
-        self, source: Sequence[Table], before: Mapping[str, Sketch], noise: Mapping[str, Noise], seed: int
-    ) -> tuple[list[Floats], list[Floats]]:
-        """Four times what rounding does, of every cell of every table, and what it makes of a cell of zeros.
-
-        At its site; where a dtype's smallest step is much of a row, to that row alone. One such row must not be an
-        excuse for all the others, and nothing is large beside zeros.
-        """
-        sites = dict.fromkeys(self.sites, EXACT_BOUND)
-        own, steps = ([np.zeros(table.cells.norms.shape) for table in source] for _ in range(2))
-        random = np.random.default_rng(seed)
-        for _ in range(DRAWS):
-            for floor in (False, True):
-                shaken = {
-                    name: shake(
-                        before[name], noise[name] if floor else replace(noise[name], floor=0.0), random
-                    )
-                    for name in self.names
-                }
-                for k, (a, b) in enumerate(zip(source, self.tables(shaken), strict=True)):
-                    found = _errors(a.cells, b.cells)
-                    if floor:
-                        own[k] = np.maximum(own[k], found)
-                        steps[k] = np.maximum(steps[k], _gaps(a.cells, b.cells))
-                    else:
-                        sites[a.site] = max(sites[a.site], NOISE_FACTOR * float(found.max(initial=0.0)))
-        bounds = [
-            np.full(cells.shape, EXACT_BOUND)
-            if table.strict
-            else np.maximum(sites[table.site], NOISE_FACTOR * np.where(table.cells.norms > 0.0, cells, 1.0))
-            for table, cells in zip(source, own, strict=True)
-        ]
-        return bounds, steps
-
-    def _finding(self, number: int, table: Table, errors: Floats, bounds: Floats) -> Finding:
-        flat, limits = errors.reshape(-1), bounds.reshape(-1)
+    def _finding(self, number: int, table: Table, apart: Floats, bounds: Floats) -> Finding:
+        flat, most = apart.reshape(-1), bounds.reshape(-1)
         if not len(flat):
             return Finding(number, self._label(number, table, ()), 0.0, EXACT_BOUND)
         # What may be anything is no evidence.
-        held = (flat <= limits) & np.isfinite(limits)
+        held = (flat <= most) & np.isfinite(most)
         if held.all():
-            at = int((flat / limits).argmax())
-            worst, bound = float(flat[at]), float(limits[at])
+            at = int((flat / most).argmax())
+            worst, bound = float(flat[at]), float(most[at])
         else:
             bad = ~held
             at = int(np.flatnonzero(bad)[0])
             worst = float("inf") if not np.isfinite(flat[bad]).all() else float(flat[bad].max())
-            bound = float(np.where(np.isfinite(limits), limits, EXACT_BOUND)[bad].min())
+            bound = float(np.where(np.isfinite(most), most, EXACT_BOUND)[bad].min())
             worst = worst if worst > bound else float("inf")
-        place = tuple(int(k) for k in np.unravel_index(at, errors.shape)) if errors.ndim else ()
+        place = tuple(int(k) for k in np.unravel_index(at, apart.shape)) if apart.ndim else ()
         return Finding(number, self._label(number, table, place), worst, bound)
 
     def _label(self, number: int, table: Table, place: tuple[int, ...]) -> str:
@@ -427,25 +396,3 @@ class Component:
             for k in moved:
                 out[k] = reorder(out[k], site.per, site.acts, perm)
         return out
-
-
-def _gaps(a: Cells, b: Cells) -> Floats:
-    """Largest difference of a cell's features."""
-    return np.asarray(np.abs(a.values - b.values).max(axis=-1, initial=0.0))
-
-
-def _of_zeros(errors: Floats, a: Cells, b: Cells, steps: Floats) -> Floats:
-    """Errors of cells that are zero in `a` in what rounding makes of zeros, all others as they are."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        of_zeros = np.where(errors == 0.0, 0.0, _gaps(a, b) / steps)
-    return np.where(a.norms > 0.0, errors, of_zeros)
-
-
-def _errors(a: Cells, b: Cells) -> Floats:
-    """Largest difference of a cell's features, relative to the cell's size; one where only `b` has a size."""
-    gap = _gaps(a, b)
-    size = np.where(a.norms > 0.0, a.norms, b.norms)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(
-            np.where(gap == 0.0, 0.0, np.where(size > 0.0, gap / np.where(size > 0, size, 1.0), np.inf))
-        )

@@ -193,7 +193,7 @@ class WideBlock(nn.Module):
         return _like(outputs[self.host], y)
 
     def _own(self, value: Any, number: int) -> Any:
-        """What a model's own earlier blocks handed on, where it stands for the host's: T5's biases of positions."""
+        """What a model's own earlier blocks handed on, where it stands for the host's: biases of positions."""
         held = self.handed.get(id(value))
         return value if held is None or held[self.host] is not value else held[number]
 
