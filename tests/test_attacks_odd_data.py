@@ -28,9 +28,9 @@ from unmergeable.merging import Merged
 from unmergeable.merging.grids import Mixer
 from unmergeable.merging.learned import entropy, learn
 from unmergeable.merging.statistics import grams
-from unmergeable.merging.tensors import merge_deltas
+from unmergeable.merging.tensors import merge_deltas, without_padding
 from unmergeable.stock import module_state
-from unmergeable.tasks.padding import masks, without_padding
+from unmergeable.tasks.padding import masks
 from unmergeable.tasks.task import IGNORED, Examples, TensorTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -180,6 +180,8 @@ def test_positions_that_count() -> None:
     assert without_padding(states, masks(batch)).shape == (20, 5)
     pictures = torch.randn(4, 5)
     assert without_padding(pictures, masks(batch)) is pictures
+    classes = torch.randn(4, 12)  # as many as there are positions, and none of them
+    assert without_padding(classes, masks(batch)) is classes
     whole = Examples({"input_ids": torch.ones(4, 9)}, torch.ones(4, 9).long())
     assert masks(whole) == []
 

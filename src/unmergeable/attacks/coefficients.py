@@ -17,7 +17,8 @@ import torch
 from ..errors import UsageError
 from ..merging import Merged
 from ..merging.learned import EVERY, GRANULARITIES, OBJECTIVES, RATE, STARTS, STEPS, Learned, learn
-from ..tasks.padding import masks, without_padding
+from ..merging.tensors import without_padding
+from ..tasks.padding import masks
 from ..tasks.task import Examples
 from .thief import TRAIN, Look, Subject, Thief, all_of, detached
 from .training import batch_size, labelled
@@ -91,7 +92,7 @@ class Coefficients:
         def forward(task: str, state: Mapping[str, torch.Tensor], batch: Examples) -> torch.Tensor:
             thief.bill.forwards += TRAIN * len(batch)
             logits = thief.forward(task, state, batch)
-            return logits if self.labels else without_padding(logits, masks(batch.to(thief.device)))
+            return logits if self.labels else without_padding(logits, masks(batch))
 
         return learn(
             thief.base,

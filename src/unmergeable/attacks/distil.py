@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..tasks.padding import masks, without_padding
+from ..merging.tensors import without_padding
+from ..tasks.padding import masks
 from ..tasks.task import Call, Examples, TensorTask
 from .merges import PROBE
 from .repair import merged_with

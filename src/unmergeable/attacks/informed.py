@@ -10,7 +10,8 @@ import torch
 
 from ..merging import Merged, merge_method
 from ..merging.statistics import EXACT_CLASSES, REDUCTIONS, Gram, fisher_information, grams
-from ..tasks.padding import masks, without_padding
+from ..merging.tensors import without_padding
+from ..tasks.padding import masks
 from ..tasks.task import Examples
 from .thief import TRAIN, Look, Subject, Thief
 from .training import batch_size

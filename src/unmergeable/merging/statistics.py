@@ -14,7 +14,7 @@ import torch
 
 from ..errors import InputError, UsageError
 from . import Merged
-from .tensors import merge_deltas
+from .tensors import merge_deltas, without_padding
 
 if TYPE_CHECKING:
     from . import State
@@ -65,9 +65,7 @@ def grams(
                 return
             if axes.setdefault(name, _input_axis(layer, x, output)) is None:
                 return
-            kept = next((mask for mask in counted if mask.shape == x.shape[:-1]), None)
-            rows = (x.detach() if kept is None else x.detach()[kept.to(x.device)]).reshape(-1, x.shape[-1])
-            rows = rows.double()
+            rows = without_padding(x.detach(), counted).reshape(-1, x.shape[-1]).double()
             totals[name] = totals.get(name, 0) + rows.T @ rows
             counts[name] = counts.get(name, 0) + len(rows)
 

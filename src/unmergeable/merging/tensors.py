@@ -234,6 +234,16 @@ def possible(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clamp(min=0) if name.endswith("running_var") else tensor
 
 
+def without_padding(values: torch.Tensor, masks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Values (n, positions, width) at the positions that count, (so many, width); as they are where no mask fits.
+
+    Args:
+        masks: of positions that count, booleans (n, positions).
+    """
+    kept = next((mask for mask in masks if mask.shape == values.shape[:-1]), None)
+    return values if kept is None else values[kept.to(values.device)]
+
+
 def largest_entries(tensor: torch.Tensor, count: int) -> torch.Tensor:
     """Where the entries of largest magnitude are, so many of them and one at least: booleans of the tensor's shape."""
     found = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from .task import IGNORED, Examples
@@ -15,12 +13,3 @@ def masks(batch: Examples) -> list[torch.Tensor]:
     if "attention_mask" in batch.inputs:
         found.append(batch.inputs["attention_mask"].bool())
     return [mask for mask in found if not bool(mask.all())]
-
-
-def without_padding(values: torch.Tensor, counted: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Values (n, positions, …) at the positions that count, (number of them, …); as they are where no mask fits.
-
-    Args:
-        values: logits, or hidden states. counted: as `masks` gives them.
-    """
-    return next((values[mask] for mask in counted if mask.shape == values.shape[:2]), values)
