@@ -28,9 +28,9 @@ MAX_KEY_FILE = 64 * 1024
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**17, 8, 1
 _SCRYPT_MIN_N, _SCRYPT_MAX_BYTES, _SCRYPT_MAX_P = 2**14, 256 * 2**20, 4
 
-_ANY = b"UNMERGEABLE-KEY-"
-_PLAIN = "UNMERGEABLE-KEY-1"
-_SCRYPT = "UNMERGEABLE-KEY-1-SCRYPT"
+_ANY = "UNMERGEABLE-KEY-"  # of any version
+_PLAIN = f"{_ANY}1"
+_SCRYPT = f"{_PLAIN}-SCRYPT"
 _NOTE = "# unmergeable key: keep it secret and keep a backup, without it nothing can be unlocked"
 
 
@@ -100,7 +100,7 @@ def holds_key(path: str | os.PathLike[str]) -> bool:
     if os.stat(path).st_size > MAX_KEY_FILE:
         return False
     content = read_bounded(path, MAX_KEY_FILE, "file")
-    return any(line.strip().startswith(_ANY) for line in content.splitlines())
+    return any(line.strip().startswith(_ANY.encode()) for line in content.splitlines())
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int, kind: str, *, private: bool = False) -> bytes:
@@ -211,8 +211,8 @@ def _parse(content: bytes) -> tuple[Key | _Locked | None, str, str | None]:
         return None, f"the key file has {len(lines)} key lines instead of one", damaged
     name, *fields = lines[0].split(":")
     if name not in (_PLAIN, _SCRYPT):
-        version = name.removeprefix("UNMERGEABLE-KEY-").partition("-")[0]
-        if name.startswith("UNMERGEABLE-KEY-") and version.isascii() and version.isdigit() and version != "1":
+        version = name.removeprefix(_ANY).partition("-")[0]
+        if name.startswith(_ANY) and version.isascii() and version.isdigit() and version != "1":
             return None, "the key file has a format that this version does not know", "upgrade unmergeable"
         return None, "the file is not an unmergeable key", "make a key with `unmergeable keygen`"
     body = lines[0].rpartition(":")[0]

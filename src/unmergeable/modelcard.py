@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .checkpoint import MANIFEST, SIDECAR
 from .errors import InputError
-from .manifest import Manifest
+from .manifest import Manifest, manifest_path
 
 _DONE = {
     "exact": "Rows and columns of its weight matrices were rearranged and some signs flipped. Nothing was "
@@ -40,15 +39,15 @@ def model_card(model: str | os.PathLike[str]) -> str:
         InputError: the model is not locked, or its manifest is damaged.
     """
     path = Path(model)
-    manifest_path = path.with_name(path.name + SIDECAR) if path.is_file() else path / MANIFEST
-    if not path.exists() or not manifest_path.exists():
+    where = manifest_path(path, single_file=path.is_file())
+    if not path.exists() or not where.exists():
         raise InputError(
             "there is no locked model here",
             where=path,
-            expected=f"{manifest_path.name} beside the weights",
+            expected=f"{where.name} beside the weights",
             hint="lock the model first",
         )
-    manifest = Manifest.read(manifest_path)
+    manifest = Manifest.read(where)
     done = _DONE.get(manifest.method, f"It was locked by the method {manifest.method}.")
     scales, pruned = (bool(manifest.options.get(name)) for name in ("scales", "prune_rate"))
     if scales:
@@ -79,7 +78,7 @@ weights by position, and its positions are its own.
 base, who puts both models side by side in a wider one, or who trains on its outputs or on labelled data. \
 It is a statement of the owner's will and a price, not a wall.
 
-**What can be checked:** `{manifest_path.name}` beside the weights holds the SHA-256 of {tensors:,} tensors\
+**What can be checked:** `{where.name}` beside the weights holds the SHA-256 of {tensors:,} tensors\
 {others}, signed with the owner's key. `unmergeable inspect MODEL` shows its facts; who has the \
 original and the key can run `unmergeable verify ORIGINAL MODEL -k KEY`.
 """

@@ -14,7 +14,7 @@ from .keys import holds_key
 from .match import Match
 from .plan import Opened
 
-__all__ = ["check_exchanged", "check_keys", "check_not_locked"]
+__all__ = ["check_alike", "check_exchanged", "check_keys", "check_not_locked"]
 
 
 def check_keys(opened: Opened) -> None:

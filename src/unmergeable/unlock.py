@@ -21,6 +21,7 @@ from .checkpoint.files import walk
 from .engine import Meter, Outcome, Progress
 from .errors import InputError, UsageError
 from .keys import Key, load_key
+from .likeness import labelled
 from .manifest import Component, Manifest
 from .match import match_spec
 from .output import folder_of, hash_file, rename_single, staging, write_members
@@ -181,7 +182,7 @@ def _put_back(
         for member in opened.members
         if member.drawn is not None
         for name in member.drawn.prune
-        if (label := name if member.name == "." else f"{member.name}/{name}") in altered
+        if (label := labelled(member, name)) in altered
     ]
     if trained:
         raise UsageError(

@@ -154,8 +154,10 @@ class Thief:
         held = {**self.heads.get(task, {}), **state}
         # What norms have seen is no weight: nothing flows back to it.
         seen = {name for name, _ in module.named_buffers()}
-        used = {name: held_by(held, name, task) for name in module_state(module)}
-        used = {name: tensor.detach() if name in seen else tensor for name, tensor in used.items()}
+        used = {}
+        for name in module_state(module):
+            tensor = held_by(held, name, task)
+            used[name] = tensor.detach() if name in seen else tensor
 
         def run(**inputs: torch.Tensor) -> Any:
             return torch.func.functional_call(module, used, (), inputs)

@@ -132,9 +132,8 @@ def _load(where: Path) -> Any:
         raise InputError("too large for a configuration", where=where, expected=f"at most {MOST_BYTES} bytes")
     try:
         return yaml.load(text, _Loader)
-    except (
-        Exception
-    ) as error:  # PyYAML lets some of what its constructors meet through: KeyError, TypeError, …
+    except Exception as error:
+        # PyYAML lets some of what its constructors meet through: KeyError, TypeError, …
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError("the configuration is not YAML", where=where, got=said) from None
 

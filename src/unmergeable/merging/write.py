@@ -137,13 +137,16 @@ def merge_checkpoints(
     tell, steps = progress or (lambda done, total, label: None), len(names) + 2
     tell(0, steps, str(base if base is not None else models[0]))
     origin: State = load_state(base if base is not None else models[0])
+    read: dict[str, State] = {}
     if base is not None and chosen is not None:
-        origin = _widened(origin, load_model(names[chosen], origin))
+        read[chosen] = load_model(names[chosen], origin)
+        origin = _widened(origin, read[chosen])
+    # An adapter in a base of few bits would be rounded before it is merged.
+    exact = _in_float32(origin) if any(map(is_adapter, models)) else origin
     states: dict[str, State] = {}
     for name, path in names.items():
         tell(len(states), steps, str(path))
-        # An adapter in a base of few bits would be rounded before it is merged.
-        states[name] = load_model(path, _in_float32(origin) if is_adapter(path) else origin)
+        states[name] = read[name] if name in read else load_model(path, exact if is_adapter(path) else origin)
     settings = dict(options or {})
     if base is None and known is not None and known.base == "optional":
         settings.setdefault("with_base", False)
