@@ -10,9 +10,10 @@ import toy
 from identity_specs import CASES, SIZES
 from unmergeable.checkpoint import TensorInfo, to_bits, to_float64
 from unmergeable.engine import HALF_ULP
-from unmergeable.identities import Finding, components, kept_axes
+from unmergeable.identities import components
 from unmergeable.match import Match, match_spec
 from unmergeable.methods import Context, method
+from unmergeable.rounding import Finding
 from unmergeable.sketch import Noise, sketch_tensor
 from unmergeable.transform import apply_bits, apply_floats, compile_tensor
 
@@ -92,7 +93,7 @@ def compare(
             memory = Memory({name: values[name] for name in part.names}, dtype)
             sketches.append(
                 {
-                    name: sketch_tensor(memory, memory.tensors[name], kept_axes(match, name), norms=dense)
+                    name: sketch_tensor(memory, memory.tensors[name], match.kept_axes(name), norms=dense)
                     for name in part.names
                 }
             )

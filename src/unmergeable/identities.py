@@ -20,9 +20,8 @@ from .errors import InputError
 from .groups import Floats
 from .invariants import PERMUTING, Cells, invariants
 from .match import Instance, Match, MatchedSite
-from .matching import match_rows
-from .ordering import reorder, signature, typical
-from .rounding import EXACT_BOUND, Judged, errors, errors_of_zeros, limits
+from .ordering import find_order, reorder
+from .rounding import EXACT_BOUND, Finding, Judged, errors, errors_of_zeros, limits, worst_of
 from .sketch import Noise, Sketch
 from .spec import Slot
 
@@ -35,20 +34,6 @@ class Table:
     cells: Cells
     tensors: frozenset[str]
     strict: bool = False
-
-
-@dataclass(frozen=True)
-class Finding:
-    """How one site compares within one component; errors are relative to the size of what is compared."""
-
-    site: int
-    label: str  # of the first cell that differs, else of the worst
-    measured: float
-    bound: float
-
-    @property
-    def held(self) -> bool:
-        return self.measured <= self.bound
 
 
 def components(match: Match) -> list[Component]:
@@ -75,11 +60,6 @@ def components(match: Match) -> list[Component]:
 def natural(name: str) -> list[tuple[int, str]]:
     """A sorting key that reads numbers as numbers."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def kept_axes(match: Match, name: str) -> tuple[int, ...]:
-    """The axes of a tensor that some site gives dims to."""
-    return tuple(sorted({axis for part in match.parts[name] for axis in part.slot.axes}))
 
 
 @dataclass(frozen=True)
@@ -167,7 +147,7 @@ class Component:
         return fresh, {name: ~mask for name, mask in covered.items()}
 
     def _mask(self, matched: MatchedSite, slot: Slot, name: str) -> NDArray[np.bool_]:
-        axes = kept_axes(self.match, name)
+        axes = self.match.kept_axes(name)
         totals = [self._total(name, axis) for axis in axes]
         mask = np.zeros(totals, dtype=bool)
         chosen = [
@@ -291,28 +271,48 @@ class Component:
         Raises:
             InputError: a spec whose sites no identity covers.
         """
-        source = self.tables(before)
-        aligned = self._align(source, self.tables(after))
-        apart = [errors(a.cells, b) for a, b in zip(source, aligned, strict=True)]
-        bounds = [np.full(found.shape, EXACT_BOUND) for found in apart]
+        source, target = self.tables(before), self.tables(after)
+        judged = [Judged(table.cells, table.site, table.strict) for table in source]
+        bounds = [np.full(one.cells.norms.shape, EXACT_BOUND) for one in judged]
+        steps: list[Floats] | None = None
         if noise is not None:
             bounds, steps = limits(
-                [Judged(table.cells, table.site, table.strict) for table in source],
+                judged,
                 lambda shaken: [table.cells for table in self.tables(shaken)],
                 {name: before[name] for name in self.names},
                 noise,
                 seed,
             )
-            apart = [
-                errors_of_zeros(found, a.cells, b, step)
-                for found, a, b, step in zip(apart, source, aligned, steps, strict=True)
-            ]
+        # Every order is as good a proof as any other. Where the one that all tables find together fails, what was
+        # changed at one site may have led it astray: then that of a single site fails at fewer.
+        best: list[Finding] | None = None
+        for guide in (None, *self.sites):
+            aligned = self._align(source, target, guide)
+            if aligned is None:
+                continue
+            apart = [errors(one.cells, moved) for one, moved in zip(judged, aligned, strict=True)]
+            if steps is not None:
+                apart = [
+                    errors_of_zeros(found, one.cells, moved, step)
+                    for found, one, moved, step in zip(apart, judged, aligned, steps, strict=True)
+                ]
+            found = self._findings(source, apart, bounds)
+            if best is None or _failures(found) < _failures(best):
+                best = found
+            if not _failures(best):
+                break
+        assert best is not None
+        return best
+
+    def _findings(
+        self, source: Sequence[Table], apart: Sequence[Floats], bounds: Sequence[Floats]
+    ) -> list[Finding]:
         findings = {}
         for number in self.sites:
             own = [k for k, table in enumerate(source) if table.site == number]
             # a site that only orders others' rows is judged by the tables that it orders
-            judged = own or [k for k, table in enumerate(source) if self._orders(number, table)]
-            found = [self._finding(number, source[k], apart[k], bounds[k]) for k in judged]
+            chosen = own or [k for k, table in enumerate(source) if self._orders(number, table)]
+            found = [self._finding(number, source[k], apart[k], bounds[k]) for k in chosen]
             failed = [finding for finding in found if not finding.held]
             if failed:
                 findings[number] = failed[0]
@@ -321,20 +321,9 @@ class Component:
         return list(findings.values())
 
     def _finding(self, number: int, table: Table, apart: Floats, bounds: Floats) -> Finding:
-        flat, most = apart.reshape(-1), bounds.reshape(-1)
-        if not len(flat):
+        if not apart.size:
             return Finding(number, self._label(number, table, ()), 0.0, EXACT_BOUND)
-        # What may be anything is no evidence.
-        held = (flat <= most) & np.isfinite(most)
-        if held.all():
-            at = int((flat / most).argmax())
-            worst, bound = float(flat[at]), float(most[at])
-        else:
-            bad = ~held
-            at = int(np.flatnonzero(bad)[0])
-            worst = float("inf") if not np.isfinite(flat[bad]).all() else float(flat[bad].max())
-            bound = float(np.where(np.isfinite(most), most, EXACT_BOUND)[bad].min())
-            worst = worst if worst > bound else float("inf")
+        at, worst, bound = worst_of(apart.reshape(-1), bounds.reshape(-1))
         place = tuple(int(k) for k in np.unravel_index(at, apart.shape)) if apart.ndim else ()
         return Finding(number, self._label(number, table, place), worst, bound)
 
@@ -365,9 +354,16 @@ class Component:
             and (table.site == number or bool(self.tensors(number) & table.tensors))
         )
 
-    def _align(self, source: Sequence[Table], target: Sequence[Table]) -> list[Cells]:
-        """The target's tables with heads, experts and rows in the order of the source's."""
+    def _align(
+        self, source: Sequence[Table], target: Sequence[Table], guide: int | None = None
+    ) -> list[Cells] | None:
+        """The target's tables with heads, experts and rows in the order of the source's.
+
+        By the tables of one site where it has any that a permuting site orders, if `guide` names it; None if that
+        is the order of all tables again.
+        """
         out = [table.cells for table in target]
+        guided = False
         for position in reversed(range(len(self.permuters))):
             number = self.permuters[position]
             site = self.match.sites[number].site
@@ -381,18 +377,21 @@ class Component:
                     )
             if not moved:
                 continue
-            a, b = [], []
-            for k in moved:
+            seen = [k for k in moved if source[k].site == guide]
+            guided = guided or 0 < len(seen) < len(moved)
+            pairs = []
+            for k in seen or moved:
                 inner = [
                     self.match.sites[other].site.acts
                     for other in self.permuters[:position]
                     if self._orders(other, source[k])
                 ]
-                scale = typical(source[k].cells)
-                a.append(signature(source[k].cells, site.per, site.acts, inner, scale))
-                b.append(signature(out[k], site.per, site.acts, inner, scale))
-            before, after = np.concatenate(a, axis=-1), np.concatenate(b, axis=-1)
-            perm = np.stack([match_rows(x, y) for x, y in zip(before, after, strict=True)])
+                pairs.append((source[k].cells, out[k], inner))
+            perm = find_order(pairs, site.per, site.acts)
             for k in moved:
                 out[k] = reorder(out[k], site.per, site.acts, perm)
-        return out
+        return out if guided or guide is None else None
+
+
+def _failures(findings: Sequence[Finding]) -> int:
+    return sum(not finding.held for finding in findings)

@@ -68,6 +68,10 @@ class Match:
         """The checkpoint's name for a spec's pattern."""
         return _exchange(fill(pattern, dims), self.prefix)
 
+    def kept_axes(self, name: str) -> tuple[int, ...]:
+        """The axes of a tensor that some site gives dims to."""
+        return tuple(sorted({axis for part in self.parts[name] for axis in part.slot.axes}))
+
 
 def fill_known(pattern: str, dims: Mapping[str, int]) -> str:
     """Fill the numbers that are known; a site that spans a dim keeps it as `{l}`."""

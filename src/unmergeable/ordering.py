@@ -10,6 +10,25 @@ from numpy.typing import NDArray
 
 from .groups import Floats
 from .invariants import Cells
+from .matching import match_rows
+
+
+def find_order(
+    pairs: Sequence[tuple[Cells, Cells, Sequence[str]]], per: Sequence[str], acts: str
+) -> NDArray[np.int64]:
+    """[instances, n]: where the positions of the acted dim of the first of each pair lie in the second.
+
+    Args:
+        pairs: a table of two checkpoints each, and its dims whose order is not known yet.
+        per, acts: of the site that changes the order.
+    """
+    a, b = [], []
+    for source, target, inner in pairs:
+        scale = typical(source)
+        a.append(signature(source, per, acts, inner, scale))
+        b.append(signature(target, per, acts, inner, scale))
+    before, after = np.concatenate(a, axis=-1), np.concatenate(b, axis=-1)
+    return np.stack([match_rows(x, y) for x, y in zip(before, after, strict=True)])
 
 
 def typical(cells: Cells) -> Floats:

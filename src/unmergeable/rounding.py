@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from .groups import Floats
 from .invariants import Cells
 from .sketch import Noise, Sketch, shake
 
-__all__ = ["EXACT_BOUND", "Judged", "Limits", "errors", "errors_of_zeros", "limits"]
+__all__ = ["EXACT_BOUND", "Finding", "Judged", "Limits", "errors", "errors_of_zeros", "limits", "worst_of"]
 
 EXACT_BOUND = 1e-10
 NOISE_FACTOR = 4.0
@@ -25,6 +25,20 @@ class Judged(NamedTuple):
     cells: Cells
     site: int
     strict: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How one site compares within one component; errors are relative to the size of what is compared."""
+
+    site: int
+    label: str  # of the first cell that differs, else of the worst
+    measured: float
+    bound: float
+
+    @property
+    def held(self) -> bool:
+        return self.measured <= self.bound
 
 
 class Limits(NamedTuple):
@@ -91,6 +105,21 @@ def errors_of_zeros(found: Floats, a: Cells, b: Cells, steps: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         of_zeros = np.where(found == 0.0, 0.0, _gaps(a, b) / steps)
     return np.where(a.norms > 0.0, found, of_zeros)
+
+
+def worst_of(apart: Floats, bounds: Floats) -> tuple[int, float, float]:
+    """Of [n] errors: the number of the first that is over its bound, with the largest and the least bound of those.
+
+    If none is, the one that comes nearest to its bound. What may be anything is no evidence.
+    """
+    held = (apart <= bounds) & np.isfinite(bounds)
+    if held.all():
+        at = int((apart / bounds).argmax())
+        return at, float(apart[at]), float(bounds[at])
+    bad = ~held
+    worst = float("inf") if not np.isfinite(apart[bad]).all() else float(apart[bad].max())
+    bound = float(np.where(np.isfinite(bounds), bounds, EXACT_BOUND)[bad].min())
+    return int(np.flatnonzero(bad)[0]), worst if worst > bound else float("inf"), bound
 
 
 def _gaps(a: Cells, b: Cells) -> Floats:

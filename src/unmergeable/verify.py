@@ -24,12 +24,13 @@ from .checkpoint import TensorInfo, to_float32
 from .checkpoint.numeric import bits_dtype
 from .engine import HALF_STEP, HALF_ULP, Meter, Progress
 from .errors import InputError, UsageError
-from .identities import Component, Finding, components, kept_axes, natural
+from .identities import Component, components, natural
 from .keys import Key, load_key
 from .likeness import check_files, check_manifest, check_structure, labelled
 from .manifest import Manifest
 from .match import match_spec
 from .plan import ConfigLike, Member, Opened, SpecLike, change_dtype, match_all, open_all
+from .rounding import Finding
 from .sealed import unpack
 from .sketch import Noise, Sketch, sketch_tensor
 from .undone import check_undone
@@ -224,7 +225,7 @@ def _member(
 
     def sketch(name: str) -> tuple[Sketch, Sketch, str]:
         assert a.match is not None
-        axes = kept_axes(a.match, name)
+        axes = a.match.kept_axes(name)
         digest = hashlib.sha256() if hashed else None
         old = sketch_tensor(a.source, a.source.tensors[name], axes, seed=seed, norms=norms)
         on_bytes = None if digest is None else digest.update
@@ -283,7 +284,7 @@ def _compare(
 
 
 def _noise(info: TensorInfo, part: Component) -> Noise:
-    kept = prod(info.shape[axis] for axis in kept_axes(part.match, info.name))
+    kept = prod(info.shape[axis] for axis in part.match.kept_axes(info.name))
     return Noise(HALF_ULP[info.dtype], HALF_STEP[info.dtype], prod(info.shape) // max(kept, 1))
 
 
