@@ -104,7 +104,7 @@ def cases(zoo_path: Path | None) -> Iterator[Case]:
     for setting in ("text-c", "text-python", "text2-c", "text2-python", "images"):
         for method in MAIN:
             yield Case(setting, method, (0, 1))
-    for setting in ("text2-c", "images"):
+    for setting in ("text-c", "text2-c", "images"):
         yield Case(setting, "exact", every)
 
 
