@@ -24,7 +24,6 @@ from .methods import method as find_method
 from .methods.context import CONDITION
 from .plan import ConfigLike, SpecLike, UnknownArchitecture, read_config
 from .preflight import check_alike
-from .spec import Spec
 from .transform import Array, TensorPlan, compile_tensor
 
 __all__ = ["LockedModule", "lock_module"]
@@ -152,8 +151,7 @@ def _match(
 ) -> Match:
     """The spec whose names are those in memory: its own, or its checkpoint's where they agree."""
     where = type(model).__name__
-    from .specs import find_spec, given
-    from .specs.guards import note_unread, spare_named_heads
+    from .specs import spec_of
 
     fields = read_config(config)
     if fields is None:
@@ -174,18 +172,13 @@ def _match(
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     everything = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # Heads may be called by their numbers there.
     generating = getattr(model, "generation_config", None)
     generation = {} if generating is None else generating.to_dict()
     misfit: InputError | None = None
     for attempt in (shapes, everything):  # a tied name may be left out of a checkpoint, or not
         try:
-            if isinstance(spec, Spec):
-                found, canonical = given(spec, fields, attempt, where)
-            else:
-                found, canonical = find_spec(fields, attempt, spec_file=spec, where=where)
-            spared = note_unread(spare_named_heads(found, fields, generation), attempt)
-            return match_spec(spared, attempt, canonical, where)
+            found, canonical = spec_of(spec, fields, attempt, generation, where)
+            return match_spec(found, attempt, canonical, where)
         except InputError as error:
             misfit = misfit or error
     assert misfit is not None

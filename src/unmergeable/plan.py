@@ -172,19 +172,17 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
     if config is None:
         hint = "give the model's config.json by --config"
         raise InputError("there is no config.json", where=source.root, hint=hint)
-    from .specs import find_spec, given
-    from .specs.guards import note_unread, spare_named_heads
+    from .specs import spec_of
 
     beside = source.root / GENERATION
     generation = load_json(beside) if not source.single_file and beside.is_file() else {}
-    if isinstance(spec, Spec):
-        found, canonical = given(spec, config, shapes, str(source.root))
-        return match_spec(spare_named_heads(found, config, generation), shapes, canonical, str(source.root))
     try:
-        found, canonical = find_spec(config, shapes, spec_file=spec, where=str(source.root))
+        found, canonical = spec_of(spec, config, shapes, generation, str(source.root))
     except Contradiction:
         raise
     except InputError as error:
+        if isinstance(spec, Spec):
+            raise
         raise UnknownArchitecture(
             error.what,
             where=error.where or source.root,
@@ -192,8 +190,7 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
             got=error.got,
             hint=error.hint,
         ) from None
-    spared = note_unread(spare_named_heads(found, config, generation), shapes)
-    return match_spec(spared, shapes, canonical, str(source.root))
+    return match_spec(found, shapes, canonical, str(source.root))
 
 
 class UnknownArchitecture(InputError):  # noqa: N818

@@ -20,7 +20,7 @@ from ..config import canonical_config, structure
 from ..errors import Contradiction, InputError
 from ..match import Shapes, match_spec
 from ..spec import Spec
-from .guards import check_agrees, check_own_code
+from .guards import check_agrees, check_own_code, note_unread, spare_named_heads
 
 Found = tuple[Spec, dict[str, Any]]
 ANY: Mapping[str, Any] = {}  # among the configurations of a spec that is for every one
@@ -62,6 +62,30 @@ def find_spec(
     if misfits:
         raise next((error for error in misfits if isinstance(error, Contradiction)), misfits[0])
     raise _unknown(config, where)
+
+
+def spec_of(
+    spec: Spec | str | os.PathLike[str] | None,
+    config: Mapping[str, Any],
+    shapes: Shapes,
+    generation: Mapping[str, Any],
+    where: str,
+) -> Found:
+    """The spec by which a model is locked, without heads that are called by number, and its canonical config.
+
+    Args:
+        spec: one's own, as an object or a file, or None for a shipped or proven one.
+        config, shapes, where: as in `find_spec`.
+        generation: the content of generation_config.json: heads may be called by their numbers there.
+
+    Raises:
+        Contradiction, InputError: as `find_spec` and `given`.
+    """
+    if isinstance(spec, Spec):
+        found, canonical = given(spec, config, shapes, where)
+    else:
+        found, canonical = find_spec(config, shapes, spec_file=spec, where=where)
+    return note_unread(spare_named_heads(found, config, generation), shapes), canonical
 
 
 def architecture(config: Mapping[str, Any]) -> str:
