@@ -1,6 +1,6 @@
 # make demo      lock, verify, merge, unlock and audit the embedded models; pictures, figures and a report in demo/
 # make test      style, types and all tests but the slow ones: what CI runs
-# make test-all  the slow ones too, with keys and salts that are new in every run: real models from packages, every
+# make test-all  the slow ones too, with keys, salts and probes that are new in every run: real models from packages, every
 #                architecture, the kill tests, and the report in a real browser (Chromium, which the system must have)
 # make lint      style and types alone
 # make bench     speed and memory beside a plain copy, on a 1.7 GB checkpoint that it makes

@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fresh",
         action="store_true",
-        help="keys and salts are new in every run, from the operating system; else they follow from the test's name",
+        help="keys, salts and probes are new in every run, drawn by the system; else they follow from the test's name",
     )
 
 
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class KeysByName:
-    """A test that locks draws the same key and the same salt in every run: what fails once can be looked at again.
+    """A test draws the same keys, salts and probes in every run: what fails once can be looked at again.
 
     Fixtures have draws of their own, for it hangs on the order of tests which of them sets one up. Commands in
     another process, but for forks of this one, draw from the operating system.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,7 +78,7 @@ def verify(
     if jobs < 1:
         raise UsageError("at least one job", got=jobs)
     secret = key if isinstance(key, Key) or key is None else load_key(key)
-    seed = secrets.randbits(32) if seed is None else seed
+    seed = int.from_bytes(os.urandom(4)) if seed is None else seed
     with ExitStack() as stack:
         before, after = open_all(src, config, stack), open_all(dst, config, stack)
         if (before.pipeline is None, before.single_file) != (after.pipeline is None, after.single_file):
