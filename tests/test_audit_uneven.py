@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from audit_cases import reference, row
 from score_cases import look
+from unmergeable.audit.control import controlled
 from unmergeable.audit.results import verdict
 from unmergeable.audit.rows import Row
 from unmergeable.audit.scores import curve
@@ -95,3 +97,17 @@ def test_a_level_of_which_nothing_is_left_is_not_judged() -> None:
     )
     assert np.isnan(level.recovered)
     assert "not judged. Every attack that works" in verdict(level, [])
+
+
+def test_neither_is_the_control_of_an_attack_that_did_not_prove_itself() -> None:
+    """It reaches much of the protected task and hardly any of the other: a failure of it says nothing of a lock."""
+    known = reference()
+    weak = [row("slerp", "plain", (0.9, 0.05)), row("slerp", "protected", (0.0, 0.05))]
+    rows = controlled([*DOSE, *weak], known)
+    assert [one.state for one in rows] == ["done", "done", "unreliable", "unreliable"]
+    assert look([*DOSE, *weak], known).recovered < 0.5
+    assert look(rows, known).recovered == pytest.approx(look(DOSE, known).recovered) == pytest.approx(0.5)
+    assert curve(rows, known, "plain") == curve(DOSE, known, "plain")
+    # What it gets from the protected model is no less in a thief's hands.
+    lucky = replace(rows[3], points=row("slerp", "protected", (0.6, 0.8)).points)
+    assert look([*rows[:3], lucky], known).recovered == pytest.approx(1.0)

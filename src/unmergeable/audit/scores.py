@@ -230,10 +230,15 @@ def judge(
 def _pool(
     rows: Sequence[Row], reference: Reference, level: int, side: Side, without: Collection[int] = ()
 ) -> list[_Candidate]:
-    """Everything to choose from on a side, but for the rows at the places `without`."""
+    """Everything to choose from on a side, but for the rows at the places `without`.
+
+    What an attack that did not prove itself gets from the unprotected model does not count: where it fails on the
+    protected one as well, that is no protection. What it gets from the protected model a thief has all the same.
+    """
     found = []
     for number, row in enumerate(rows):
-        if row.side == side and row.level <= level and number not in without:
+        unproven = side == "plain" and row.state == "unreliable"
+        if row.side == side and row.level <= level and number not in without and not unproven:
             for point in row.points:
                 found.append(_Candidate(number, point, *reference.pair("validation", point.validation)))
     return found
