@@ -248,8 +248,8 @@ def costs(found: Found) -> str:
             lines.append(
                 (
                     row["level"], f"`{row['attack']}`", number(row["test"]["protected"]), number(row["test"]["own"]),
-                    f"{cost['forwards']:,.0f}", cost["inputs"], cost["labelled"], f"{cost['seconds']:.0f}",
-                    number(cost["size"], 1),
+                    f"{cost['forwards']:,.0f}", cost["inputs"], cost["labelled"], cost["tokens"],
+                    f"{cost['seconds']:.0f}", number(cost["size"], 1),
                 )
             )  # fmt: skip
     header = (
@@ -260,6 +260,7 @@ def costs(found: Found) -> str:
         "forward passes",
         "inputs",
         "labelled",
+        "tokens",
         "seconds",
         "size",
     )
@@ -332,8 +333,8 @@ hand; the pattern is the one above: a lock ends merges off the shelf, and an anc
 """
 COSTS = """
 `exact` on the embedded zoo, the merge with the best worse of both values of every attack. Forward passes: of one
-example through one model, looking for the best merge included; a step of training counts as three. Size: of the
-result, over one model.
+example through one model, looking for the best merge and what led there included; a step of training counts as three.
+Inputs and labelled: examples beyond those that merges are chosen on. Size: of the result, over one model.
 """
 EARLIER = """
 ## Earlier measurements once more

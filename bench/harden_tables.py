@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from audits_text import level_of, number, page, share, table
@@ -13,16 +14,23 @@ from audits_text import level_of, number, page, share, table
 Record = Mapping[str, Any]
 
 # What others publish, in their own words or figures: none of it was measured here.
+WORDS = "no comparable figure"
 PUBLISHED = (
-    ("Trap², arXiv 2601.21898", "CLIP ViT-B/32 and L/14; full models, LoRA", "keeps the score alone, degrades merges"),
+    (
+        "Trap², arXiv 2601.21898", "CLIP ViT-B/32 and L/14; full models, LoRA",
+        f"keeps the score alone, degrades merges; {WORDS}",
+    ),
     ("ARF, arXiv 2606.30360", "CLIP ViT-B/32", "4.6 % of accuracy after task arithmetic, 27.4 % after its own attack"),
     ("MergeBarrier, arXiv 2511.10712", "CLIP ViT-B/32", "29.3 %, and 60.8 % after the attack of arXiv 2606.30360"),
     (
         "MergeGuard, arXiv 2511.11851", "CLIP ViT-L/14, Llama 2, Gemma 2, Mistral",
         "accuracy of merges falls by up to 90 %, alone by less than 1.5 %",
     ),
-    ("TAR, arXiv 2408.00761", "language models", "safeguards that stand hundreds of steps of fine-tuning"),
-    ("SOPHON, arXiv 2404.12699", "image models", "fine-tuning costs as much as training from nothing, or more"),
+    ("TAR, arXiv 2408.00761", "language models", f"safeguards that stand hundreds of steps of fine-tuning; {WORDS}"),
+    (
+        "SOPHON, arXiv 2404.12699", "image models",
+        f"fine-tuning costs as much as training from nothing, or more; {WORDS}",
+    ),
     ("arXiv 2412.07097", "evaluation", "such claims fall to small changes of an attack: hence the attacker's best"),
 )  # fmt: skip
 
@@ -49,7 +57,7 @@ def section(kept: Path) -> str:
         owners(records),
         adapters(records),
         prices(records),
-        *(effect(one) for one in effects),
+        *(effect(one, records) for one in effects),
         page("### What others publish", table(("work", "models", "published, not measured here"), PUBLISHED)),
     )
 
@@ -57,15 +65,16 @@ def section(kept: Path) -> str:
 def bars(records: list[Any]) -> str:
     """Every audit up to level 2, against its control."""
     lines, trainings = [], _trainings(records)
+    whole = any(record["whole"] for record in _audits(records, 1, 2))
     for record in sorted(_audits(records, 1, 2), key=_key):
         alone = record["found"]["standalone"]
         trained = trainings.get(_key(record))
         strength = None if trained is None else trained["report"]["strength"]
         lines.append(
             (
-                record["source"], record["case"], record["seed"], f"`{record['variant']}`", number(strength),
-                number(alone["plain"], 4), number(alone["protected"], 4), _change(alone),
-                *(share(level_of(record["found"], level)) for level in range(3)),
+                record["source"], record["case"], record["seed"], f"`{record['variant']}`", _recipe(trained),
+                number(strength), number(alone["plain"], 4), number(alone["protected"], 4), _change(alone),
+                *(share(level_of(record["found"], level)) + _mark(record, level) for level in range(3)),
             )
         )  # fmt: skip
     header = (
@@ -73,6 +82,7 @@ def bars(records: list[Any]) -> str:
         "model",
         "seed",
         "way",
+        "recipe",
         "λ",
         "control",
         "hardened",
@@ -81,30 +91,83 @@ def bars(records: list[Any]) -> str:
         "level 1",
         "level 2, by entropy",
     )
-    return page("### Against thieves without labels", BARS, summary(records), EACH, table(header, lines))
+    return page(
+        "### Against thieves without labels",
+        BARS,
+        _defaults(records),
+        ROTATION,
+        rotation(records),
+        TRIED.format(how="not all of them the whole suite" if whole else "none of them the whole suite"),
+        tried(records),
+        SUMMARY,
+        summary(records),
+        EACH,
+        table(header, lines),
+    )
+
+
+def rotation(records: list[Any]) -> str:
+    """Who is protected from whom."""
+    from harden_cases import cases  # which has bench/audits.py import this module
+
+    audited = {record["case"] for record in _audits(records, 1, 2)}
+    lines = [(one.name, one.proxy, ", ".join(one.own)) for one in cases() if one.name in audited]
+    return table(("model", "the owner's stand-in", "the thief's own"), lines)
+
+
+def tried(records: list[Any]) -> str:
+    """Which attacks every audit ran, and which of them proved themselves."""
+    from harden_cases import ATTACKS
+
+    groups: dict[tuple[str, ...], dict[tuple[str, str], list[int]]] = {}
+    for record in sorted(_audits(records, 1, 2), key=_key):
+        rows = [row for row in record["found"]["rows"] if row["side"] == "protected"]
+        levels = range(1 + max(level["level"] for level in record["found"]["levels"]))
+        ran = {name for row in rows for name in row["chain"]}
+        key = (
+            *(_names(_own(record, level)) if level in levels else "not run" for level in range(3)),
+            _names(row for row in rows if row["state"] != "done"),
+            ", ".join(f"`{name}`" for name in ATTACKS if name not in ran),
+        )
+        seeds = groups.setdefault(key, {}).setdefault((record["source"], record["case"]), [])
+        seeds.extend([record["seed"]] * (record["seed"] not in seeds))
+    lines = []
+    for key, audits in groups.items():
+        by_run: dict[str, list[str]] = {}
+        for (source, case), seeds in audits.items():
+            by_run.setdefault(source, []).append(f"{case} {' '.join(map(str, seeds))}")
+        lines.append(("; ".join(f"{run}: {', '.join(each)}" for run, each in by_run.items()), *key))
+    return table(("audits", "level 0", "level 1", "level 2", "did not prove themselves", "not run"), lines)
 
 
 def summary(records: list[Any]) -> str:
     """What several seeds of one task have in common: the mean change, and the worst of what was recovered."""
     groups: dict[tuple[str, ...], list[Any]] = {}
+    trainings = _trainings(records)
     for record in sorted(_audits(records, 1, 2), key=_key):
-        groups.setdefault((record["source"], record["case"], record["variant"]), []).append(record["found"])
+        key = (record["source"], record["case"], record["variant"], _recipe(trainings.get(_key(record))))
+        groups.setdefault(key, []).append(record["found"])
     lines = []
-    for (source, case, variant), found in groups.items():
+    for (source, case, variant, recipe), found in groups.items():
         if len(found) < 3:
             continue
         levels = [[one for one in (level_of(each, n) for each in found) if one is not None] for n in range(3)]
         worst = [number(max(one["recovered"] for one in level)) if level else "" for level in levels]
         limit = number(max(one["interval"][1] for one in levels[1]))
-        change = sum(each["standalone"]["difference"] for each in found) / len(found)
-        score = f"{number(100 * change, 1)} points"
-        lines.append((source, case, f"`{variant}`", len(found), score, *worst[:2], limit, worst[2]))
+        changes = [100 * each["standalone"]["difference"] for each in found]
+        score = f"{number(sum(changes) / len(changes), 1)} points"
+        least = f"{number(min(changes), 1)} points"
+        lines.append(
+            (source, case, f"`{variant}`", recipe, len(found), score, least, *worst[:2], limit, worst[2])
+        )
     header = (
         "run",
         "model",
         "way",
+        "recipe",
         "seeds",
         "mean change",
+        "worst change",
         "level 0",
         "level 1",
         "its upper limit",
@@ -127,6 +190,8 @@ def labels(records: list[Any]) -> str:
         recovered.append(f"{record['case']} ({record['source']}) {', '.join(shares)}")
     header = ("run", "model", "attack", "hardened", "control", "without either")
     about = LABELS.format(recovered="; ".join(recovered))
+    if not any(one["variant"].startswith(("mined", "kept")) for one in _audits(records, 3)):
+        about += UNLABELLED
     return (
         page("### Against thieves with labels, or with inputs", about, table(header, lines)) if lines else ""
     )
@@ -144,21 +209,35 @@ def ideas(records: list[Any]) -> str:
     lines, rows = [], _rows(first)
     for side, name in (("without", "no protected model"), ("plain", "control")):
         cells = [_value(rows.get((attack, side))) for attack in shown]
-        lines.append((f"({name})", "", "", _gain(rows, side), *cells))
+        lines.append((f"({name})", "", "", "", _gain(rows, side), *cells))
     for record in audits:
         alone, rows = record["found"]["standalone"], _rows(record)
         cells = [_value(rows.get((attack, "protected"))) for attack in shown]
         lines.append(
             (
-                f"`{record['variant']}`",
+                f"`{record['variant']}`" + STILL.get(record["variant"], ""),
                 _change(alone),
                 number(_joint(record)),
+                share(level_of(record["found"], 3)),
                 _gain(rows, "protected"),
                 *cells,
             )
         )
-    header = ("idea", "change", "joint without data", "gain", *(f"`{attack}`" for attack in shown))
-    return page("### Ideas against repair and distillation", IDEAS, table(header, lines))
+    header = ("idea", "change", "joint without data", "level 3", "gain", *(f"`{attack}`" for attack in shown))
+    return page("### Ideas against repair and distillation", IDEAS, _unjudged(records), table(header, lines))
+
+
+def _unjudged(records: list[Any]) -> str:
+    """Ideas that were trained, and audited on no model."""
+    from frontier_ideas import IDEAS as known
+
+    judged = {record["variant"] for record in records if record["kind"] == "audit"}
+    cases: dict[str, set[str]] = {}
+    for record in _trainings(records).values():
+        if record["variant"] in known and record["variant"] not in judged:
+            cases.setdefault(record["variant"], set()).add(f"{record['case']}, {record['source']}")
+    names = [f"`{name}` ({'; '.join(sorted(where))})" for name, where in sorted(cases.items())]
+    return f"Trained and never audited, so that nothing is known of them: {', '.join(names)}." if names else ""
 
 
 def owners(records: list[Any]) -> str:
@@ -171,7 +250,7 @@ def owners(records: list[Any]) -> str:
             (
                 record["source"], record["case"], record["seed"], f"`{record['variant']}`",
                 "" if report["objective"] == "plain" else number(report["strength"]),
-                f"{report['steps']} × {report['batch']}", number(score["after"], 4), number(score.get("plain"), 4),
+                _recipe(record), number(score["after"], 4), number(score.get("plain"), 4),
                 number(exposure["mean"]),
             )
         )  # fmt: skip
@@ -181,7 +260,7 @@ def owners(records: list[Any]) -> str:
         "seed",
         "way",
         "λ at the end",
-        "steps × batch",
+        "recipe",
         "held-out score",
         "plain",
         "exposure",
@@ -204,32 +283,76 @@ def adapters(records: list[Any]) -> str:
 
 
 def prices(records: list[Any]) -> str:
-    """Time and memory beside plain training of the same steps."""
-    lines, trainings = [], _trainings(records)
+    """Time and memory beside plain training of the same steps, of all models and seeds of a run."""
+    groups: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
+    trainings = _trainings(records)
     for key, record in trainings.items():
-        before = trainings.get((*key[:3], "control"))
-        if record["variant"] != "trap" or before is None or not record["peak"]:
-            continue
-        seconds = [one["report"]["seconds"] for one in (before, record)]
-        peaks = [one["peak"] / 2**20 for one in (before, record)]
+        if record["peak"] and record["variant"].startswith(("trap", "mined", "kept")):
+            looks = "plain" in record["report"]["standalone"]
+            way = record["source"], record["case"].partition("-")[0], record["variant"], _recipe(record), looks
+            groups.setdefault(way, []).append((trainings.get((*key[:3], "control")), record))
+    lines = []
+    for (source, family, variant, recipe, looks), pairs in groups.items():
+        both = [(before["report"]["seconds"], one["report"]["seconds"]) for before, one in pairs if before]
+        peaks = [(before["peak"] / 2**20, one["peak"] / 2**20) for before, one in pairs if before]
+        seconds = median(one["report"]["seconds"] for _, one in pairs)
+        peak = median(one["peak"] / 2**20 for _, one in pairs)
         lines.append(
             (
-                record["case"], record["seed"], f"{seconds[0]:.0f} s", f"{seconds[1]:.0f} s",
-                number(seconds[1] / seconds[0], 1), f"{peaks[0]:.0f} MiB", f"{peaks[1]:.0f} MiB",
-                number(peaks[1] / peaks[0]),
+                source, family, f"`{variant}`", recipe, len(pairs), "yes" if looks else "no",
+                f"{median(plain for plain, _ in both):.0f} s" if both else "–", f"{seconds:.0f} s",
+                number(median(one / plain for plain, one in both), 1) if both else "–",
+                f"{median(plain for plain, _ in peaks):.0f} MiB" if peaks else "–", f"{peak:.0f} MiB",
+                number(median(one / plain for plain, one in peaks)) if peaks else "–",
             )
         )  # fmt: skip
-    header = ("model", "seed", "plain", "trap", "ratio", "peak, plain", "peak, trap", "ratio")
+    header = (
+        "run",
+        "models",
+        "way",
+        "recipe",
+        "trainings",
+        "looks and plain training in it",
+        "plain",
+        "hardened",
+        "ratio",
+        "peak, plain",
+        "peak, hardened",
+        "ratio",
+    )
     return page("### What it costs", PRICES, table(header, lines)) if lines else ""
 
 
-def effect(found: Mapping[str, Any]) -> str:
-    """Side effects of one model."""
+def effect(found: Mapping[str, Any], records: list[Any]) -> str:
+    """Side effects of one model, and of which way it is."""
     models = found["models"]
     names = list(dict.fromkeys(name for row in models.values() for name in row))
     lines = [(name, *(number(models[model].get(name), 4) for model in models)) for name in names]
     head = f"### Side effects: {found['case']}"
-    return page(head, EFFECTS.format(slice=found["slice"]), table(("", *models), lines))
+    about = EFFECTS.format(slice=found["slice"], way=_way(found, records))
+    return page(head, about, table(("", *models), lines))
+
+
+def _way(found: Mapping[str, Any], records: list[Any]) -> str:
+    """Which hardened model side effects are of: as the file says, or that of this case whose scores are the same."""
+    trainings, known = _trainings(records), dict[str, None]()
+    scores = [found["models"][name]["score"] for name in ("control", "hardened")]
+    for record in _audits(records, 1, 2, 3):
+        alone = record["found"]["standalone"]
+        same = all(abs(alone[side] - one) < 1e-6 for side, one in zip(("plain", "protected"), scores, strict=True))
+        if same and (record["case"], record["seed"]) == (found["case"], found["seed"]):
+            trained = trainings.get(_key(record))
+            if found.get("way") in (None, record["variant"]) and trained is not None:
+                known[f"`{record['variant']}` of `{record['source']}`, {_strength(trained)}"] = None
+    if known:
+        return " or ".join(known)
+    return f"`{found['way']}`" if "way" in found else "not known"
+
+
+def _strength(trained: Record) -> str:
+    report = trained["report"]
+    how = "at a fixed λ of" if report.get("may") is None else "λ followed what merges keep, to"
+    return f"{how} {number(report['strength'])}"
 
 
 # --- records ------------------------------------------------------------------------------------------------
@@ -256,6 +379,53 @@ def _rows(record: Record) -> dict[tuple[str, str], Mapping[str, float]]:
         for row in record["found"]["rows"]
         if row["test"] is not None and row["state"] == "done"
     }
+
+
+def _own(record: Record, level: int) -> list[Any]:
+    """A level's own attacks on the protected model that proved themselves."""
+    rows = record["found"]["rows"]
+    return [
+        row for row in rows if row["side"] == "protected" and row["level"] == level and row["state"] == "done"
+    ]
+
+
+def _names(rows: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(f"`{' > '.join(row['chain'])}`" for row in rows))
+
+
+def _mark(record: Record, level: int) -> str:
+    """A dagger where a level of which more was tried stands on one attack of its own alone."""
+    found = level_of(record["found"], level)
+    alone = level < 2 and found is not None and found["reliable"] and len(_own(record, level)) == 1
+    return " †" if alone else ""
+
+
+def _recipe(trained: Record | None) -> str:
+    """Steps, batch and rate of a training."""
+    if trained is None:
+        return ""
+    report = trained["report"]
+    return f"{report['steps']} × {report['batch']}, {report['rate']:g}"
+
+
+def _defaults(records: list[Any]) -> str:
+    """What `harden` does unless it is asked for something else, and which audits are of that."""
+    from unmergeable.harden.run import DEFAULTS
+
+    ways = {"mined+collapse": "image-classification", "mined": "language-modelling"}
+    recipes = {
+        way: f"{DEFAULTS[kind].steps} × {DEFAULTS[kind].batch}, {DEFAULTS[kind].rate:g}"
+        for way, kind in ways.items()
+    }
+    trainings = _trainings(records)
+    found = dict.fromkeys(
+        f"{record['case']} ({record['source']})"
+        for record in _audits(records, 1, 2)
+        if _recipe(trainings.get(_key(record))) == recipes.get(record["variant"])
+    )
+    other = "" if any(name.startswith("images-") for name in found) else OTHER_RECIPE
+    images, texts = recipes.values()
+    return DEFAULT.format(images=images, texts=texts, found=", ".join(found) or "none", other=other)
 
 
 def _joint(record: Record) -> float:
@@ -296,42 +466,70 @@ unprotected model is a control that was trained plainly for as many steps on the
 and `python bench/harden_effects.py` made what is kept in `bench/harden`; this section is written from it. Runs:
 """
 BARS = """
-*level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. These audits
-run a part of the suite (`ATTACKS` in `bench/harden_cases.py`): merges off the shelf, block substitution, wide merges,
-coupled alignment, and of level 2 row coefficients by entropy alone: with distillation among the attacks level 2 gets
-most of the task, see below. `trap` and `trap+collapse`: the objectives without a thief who chooses among blocks;
-`mined` and `mined+collapse`: with him, as `harden` has them; `kept` and `kept+collapse`: these with `--labels 0`,
-beside a control that is trained on labels all the same. The worst of several seeds:
+*level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. *recipe*: steps
+× batch, and the rate. `trap` and `trap+collapse`: the objectives without a thief who chooses among blocks; `mined` and
+`mined+collapse`: with him; `kept` and `kept+collapse`: these with `--labels 0`, beside a control that is trained on
+labels all the same.
+"""
+DEFAULT = """
+By itself `harden` has the objective of `mined+collapse` for images, with the recipe {images}, and that of `mined` for
+text, with {texts}. Audits of both, objective and recipe: {found}.{other}
+"""
+OTHER_RECIPE = """
+None is of the measuring ViT (`images`): its bars are of longer trainings, or of another objective.
+"""
+ROTATION = """
+Who is protected from whom. Hardening sees the owner's stand-in, never the thief's own:
+"""
+TRIED = """
+What they ran, {how}. By level, the attacks that proved themselves on the control (or, where a preparation has a known
+case, on that); then those that did not, whose failure says nothing; then those of `ATTACKS` in `bench/harden_cases.py`
+that were not run. Of level 2 there are row coefficients by entropy at most: with distillation among the attacks a
+thief of level 2 gets most of the task, see below. Numbers are seeds.
+"""
+SUMMARY = """
+The mean of several seeds, and the worst of them. Accuracy is counted on as many test images as the runs say, 1,000 if
+they say nothing:
 """
 EACH = """
 One by one. A λ that is too weak for a task changes nothing, and there are such rows here: that is why the strength
-follows what merges keep unless it is given.
+follows what merges keep unless it is given. †: of several attacks of this level one alone proved itself, and the level
+adds no more than that one to those below it.
 """
 LABELS = """
 Values of the protected task and the worst own one, (0 the base, 1 the fine-tunes), of each attack's best merge by the
 worse of the two. `repair-n` trains on n labelled examples a class, `distil` on 2,048 unlabelled inputs of the task.
-Hardening takes merges without labels away, and little else: a thief who trains gets most of the task.
-Recovered over these attacks: {recovered}.
+A thief who trains gets most of the task. Recovered over these attacks: {recovered}.
+"""
+UNLABELLED = """Both are of `trap` at a fixed strength: what `harden` does by itself was audited neither with labels nor
+with distillation.
 """
 IDEAS = """
-Each idea of `bench/frontier_ideas.py` beside the trap. A cell is the protected task's value and the worst own one.
-What a thief has from labels without the protected model is in the first row: an idea would have to bring the others
-near it. *gain*: what the protected model adds to 16 labels a class; the target, half of the control's, is not
-reached, and distillation from hard answers is as good as ever. `unrolled-4` and `collapse` take more from merges
-without data than the trap by itself, which is why `collapse` can be had as an objective; `nasty` is the trap over
-again, for its divergence has no slope where training begins. One seed, 500 test images a task: differences below .1
-say nothing.
+Each idea of `bench/frontier_ideas.py` beside the trap, at one fixed strength. A cell is the protected task's value and
+the worst own one. What a thief has from labels without the protected model is in the first row: an idea would have to
+bring the others near it. *level 3*: recovered by all attacks of the audit, the target was .5. *gain*: what the
+protected model adds to 16 labels a class; the target, half of the control's, is not reached, and distillation from
+hard answers is as good as ever. `unrolled-4` is below .5 at level 3, in an interval that reaches from less than nothing
+to all: undecided, not refuted. `unrolled-4` and `collapse` take more from merges without data than the trap by itself,
+which is why `collapse` can be had as an objective. `nasty` adds next to nothing to the trap, for its divergence has no
+slope where training begins: its row is the trap's over again, and says nothing of the idea. One seed, 500 test images
+a task: differences below .1 say nothing.
 """
+# Ideas that did not do what they are for.
+STILL = {"nasty": " (not trained: no slope)"}
 OWNERS = """
 Exposure: the value of the task in fixed simulated merges on held-out examples, which the fine-tune itself may have
 seen in its own training. Rows of one task are to be compared with its `control`, or with *plain*: the same training
 without the objective.
 """
 PRICES = """
-With two simulated merges a step: three forward and backward passes for one. Peak memory as torch counts it on the
-GPU; time with other processes on it.
+Medians of the trainings of a run on a GPU, beside the plain training of the same model and seed where the run has one.
+`trap` is two simulated merges a step, three forward and backward passes for one: it has neither the best of four draws,
+nor `collapse`, which is a merge more. `mined+collapse` has both, as `harden` has them for images by itself. Where a
+strength follows, looks at held-out examples and the plain training that comes first are in the time. Peak memory as
+torch counts it; time with other processes on the GPU, as many as the runs say.
 """
 EFFECTS = """
-On {slice}; score: accuracy or minus nats a token; ece: expected calibration error; int8: every matrix rounded to 255
-levels, one scale a row. *further*: the score after a licensed user's own plain training from the model.
+Of {way}. On {slice}; score: accuracy or minus nats a token; ece: expected calibration error; int8: every matrix rounded
+to 255 levels, one scale a row. *further*: the score after a licensed user's own plain training from the model.
 """

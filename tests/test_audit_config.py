@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,21 @@ def test_all_that_does_not_fit_together_is_told_at_once(folder: Path) -> None:
         "tasks.fashion.train.data: no such file or folder, got few.npz",
         "tasks.digits.function: no such file or folder, got hooks.py",
     ]
+
+
+def test_attacks_devices_and_missing_examples_are_told_with_the_rest(folder: Path) -> None:
+    """A level of thieves who learn is refused before hours of work, and not judged after them."""
+    wrong = fields(base="bass", attacks=["ties", "tie"], device="warp", levels=[0, 2, 3])
+    del wrong["tasks"]["fashion"]["train"]
+    found = problems(folder, wrong)
+    assert found[0] == "base: no such model, got bass"
+    assert re.fullmatch("attacks: the suite has no such attack, expected .*ties.*, got tie", found[1])
+    assert re.match("warp: the device cannot be used, got .*warp", found[2])
+    assert found[3].startswith(
+        "tasks.fashion.train: no examples for a thief to learn from, expected data that"
+    )
+    assert "for thieves of level 2, 3" in found[3]
+    assert len(found) == 4
 
 
 def test_paths_that_cannot_be_asked_for_and_options_that_are_no_numbers(folder: Path) -> None:

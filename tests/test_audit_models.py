@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import thief_cases
 from audit_cases import config, configuration, once, zoo
 from merging_models import nudged, transformer
+from unmergeable.audit import audit
 from unmergeable.audit import bench as bench_module
 from unmergeable.audit.bench import Bench, estimate, pick_device, pick_workers
 from unmergeable.errors import InputError, RunError
@@ -163,6 +165,23 @@ def test_workers_are_as_many_as_memory_allows(folder: Path, memory: dict[str, in
     assert pick_workers(found, 3) == 3
     with pytest.raises(RunError, match=r"for 4 workers, got .*(?s:.)hint: give fewer --workers"):
         pick_workers(found, 4)
+
+
+def test_parameters_are_counted_and_not_files(folder: Path, memory: dict[str, int], tmp_path: Path) -> None:
+    found = config(configuration(folder))
+    twice = config(configuration(Path(shutil.copytree(folder, tmp_path / "twice"))))
+    for path in (tmp_path / "twice").glob("*/model.safetensors"):
+        (path.parent / "training_args.bin").write_bytes(bytes(100_000))
+    assert estimate(found, 1) == estimate(twice, 1)
+
+
+def test_a_device_that_is_full_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(bench_module, "load_module", full)
+    with pytest.raises(RunError, match=r"not enough memory for this audit, got CUDA out of memory.*2.00 GiB"):
+        audit(configuration(folder), tmp_path / "out", workers=1)
 
 
 def test_an_adapter_is_as_large_as_its_base(adapted: Path, memory: dict[str, int]) -> None:

@@ -144,8 +144,12 @@ def test_refused_and_unreliable_rows_are_in_the_results(models: Path, tmp_path: 
         attacks=["task_arithmetic", "mergekit:passthrough", "regmean", "coefficients-model-labels"],
         levels=[0, 2, 3],
     )
-    for task in fields["tasks"].values():
-        del task["train"]
+    (tmp_path / "hook.py").write_text(
+        "def score(model, indices):\n"
+        "    return [float(model.vit.layernorm.bias.sum()) + number for number in indices]\n"
+    )
+    for task in OWN:
+        fields["tasks"][task] = {"kind": "python", "function": f"{tmp_path}/hook.py:score", "examples": 40}
     result = audit(fields, tmp_path / "out", require={2: 0.0, 3: 0.0})
     rows = {(row.attack, row.side): row for row in result.rows}
     passed = rows["mergekit:passthrough", "protected"]
@@ -153,7 +157,7 @@ def test_refused_and_unreliable_rows_are_in_the_results(models: Path, tmp_path: 
     assert "copied from one input" in str(passed.reason)
     for name in ("regmean", "coefficients-model-labels"):
         assert rows[name, "protected"].state == "refused"
-        assert "no examples for a thief to learn from" in str(rows[name, "protected"].reason)
+        assert "has no inputs to run its model on" in str(rows[name, "protected"].reason)
     assert result.level(0).reason is None
     assert str(result.level(2).reason).startswith(
         "every attack at level 2 is refused, and level 2 stands on it"
@@ -165,7 +169,7 @@ def test_refused_and_unreliable_rows_are_in_the_results(models: Path, tmp_path: 
     assert [level["reliable"] for level in document["levels"]] == [True, False, False]
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "copied from one input" in page
-    assert "no examples for a thief to learn from" in page
+    assert "has no inputs to run its model on" in page
 
 
 def test_an_alignment_that_undoes_no_known_lock_proves_nothing(
@@ -212,7 +216,9 @@ def test_options_that_make_no_sense(options: dict[str, Any], said: str, models: 
 
 
 def test_attacks_that_the_suite_does_not_have(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config: attacks: the suite has no such attacks, .*got magic, tie"):
+    with pytest.raises(
+        InputError, match=r"config: attacks: the suite has no such attack, .*got magic(?s:.)*got tie"
+    ):
         audit(configuration(models, attacks=["ties", "magic", "tie"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -116,8 +116,8 @@ def test_every_row_beside_its_control(found: dict[str, Any], tree: Node) -> None
             assert cells[6:9] == values(control)
             assert cells[1] == ", ".join(row["needs"])
             assert cells[2] == str(row["tried"])
-            assert cells[10] == str(row["cost"]["labelled"])
-            assert ("not prepared" in cells[13]) == (control["chain"] != row["chain"])
+            assert cells[10:13] == [f"{row['cost'][key]:,}" for key in ("inputs", "labelled", "tokens")]
+            assert ("not prepared" in cells[15]) == (control["chain"] != row["chain"])
         if row["options"]:
             best = f"Best: weight {row['options']['weight']:g}, density 0.5."
             assert best in text or row["side"] == "plain"

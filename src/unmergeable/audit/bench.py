@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ import torch
 
 from ..attacks.thief import Subject, Thief
 from ..attacks.wide import fill
+from ..checkpoint import open_checkpoint
 from ..checkpoint.problems import Problems
 from ..errors import InputError, RunError
 from ..merging import Merged
@@ -302,24 +305,41 @@ def pick_device(name: str) -> torch.device:
 
 
 def estimate(config: Config, workers: int) -> tuple[int, int]:
-    """Bytes that the bench of all workers takes, and bytes that there are on the CPU.
+    """Bytes that the bench of all workers takes, and bytes that there are where models are run.
 
     Every worker, and this process while it prepares, has all models in float32, a mixer's task vectors of them,
     the modules that they run in and two merges.
+
+    Raises:
+        InputError: a model that cannot be read, or a device that is not there.
     """
     base = _numbers(config.path(config.fields.base))
     paths = [config.path(written) for _, written in config.models()]
     # An adapter is a whole model once it is folded into the base.
-    sizes = [_numbers(path) + (base if is_adapter(path) else 0) for path in paths]
+    sizes = [base if is_adapter(path) else _numbers(path) for path in paths]
     largest = max(sizes)
     models = 2 * sum(sizes) + largest * (len(config.tasks) + 4)
-    return 4 * models * (workers + (workers > 1)), free_memory(torch.device("cpu"))
+    return 4 * models * (workers + (workers > 1)), free_memory(pick_device(config.fields.device))
 
 
 def _numbers(path: Path) -> int:
-    """Parameters of a checkpoint by the size of its files, if they are float16: an upper bound for float32."""
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
-    return sum(file.stat().st_size for file in files) // 2
+    """Parameters of a checkpoint, as its header says."""
+    with open_checkpoint(path) as source:
+        return sum(prod(info.shape) for info in source.tensors.values())
+
+
+@contextmanager
+def enough_memory(device: str) -> Iterator[None]:
+    """A device that is full says so in our words: what models take beside their weights is not estimated."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "not enough memory for this audit",
+            where=device,
+            got=str(error).partition("\n")[0][:200],
+            hint="give fewer --workers, a smaller `batch:` to the tasks, or audit on a larger device",
+        ) from error
 
 
 def pick_workers(config: Config, workers: int | None) -> int:

@@ -22,6 +22,7 @@ RELEASE = "release "  # what further releases of the protected model are called,
 # What tasks cannot be called: models that are no task's go by these names, here or among an attack's models.
 RESERVED = (*ROLES, "partner", "")
 MOST_BYTES = 1 << 20
+TAUGHT = 2  # levels from here on are of thieves with data
 
 
 class ProtectedFields(Fields):
@@ -119,6 +120,7 @@ def make_config(data: Any, folder: Path, where: Path) -> Config:
     if fields is not None:
         config = Config(fields, folder, where)
         _check_names(config, problems)
+        _check_attacks(config, problems)
         _check_data(config, problems)
     problems.raise_any()
     return config
@@ -174,6 +176,28 @@ def _check_names(config: Config, problems: Problems) -> None:
     for task in fields.tasks:
         if task not in config.tasks:
             problems.add("a task without a model", where=f"tasks.{task}", hint="give its fine-tune in others")
+
+
+def _check_attacks(config: Config, problems: Problems) -> None:
+    """Names that the suite lacks, a device that is not there, levels whose thieves have nothing to learn from."""
+    from .bench import pick_device
+    from .suite import names
+
+    known = names()
+    for name in config.fields.attacks or ():
+        if name not in known:
+            problems.add("the suite has no such attack", where="attacks", expected=", ".join(known), got=name)
+    with problems.collect():
+        pick_device(config.fields.device)
+    taught = ", ".join(str(level) for level in config.levels if level in LEVELS and level >= TAUGHT)
+    for name, task in config.fields.tasks.items():
+        if taught and name in config.tasks and getattr(task, "train", task) is None:
+            problems.add(
+                "no examples for a thief to learn from",
+                where=f"tasks.{name}.train",
+                expected=f"data that is not scored on, for thieves of level {taught}",
+                hint="give the task `train:`, or leave these levels out",
+            )
 
 
 def _check_models(data: Mapping[str, Any], folder: Path, problems: Problems) -> None:

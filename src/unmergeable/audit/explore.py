@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..attacks.coefficients import Coefficients as Learnt
+from ..attacks.informed import Fisher, RegMean
 from ..attacks.merges import Coefficients, Method
 from ..attacks.prepare import one_by_one
 from ..attacks.thief import MergeAttack, Pair, Subject, Thief
@@ -23,6 +25,8 @@ from .scores import Reference
 
 # Our own errors, and what torch and numpy raise where memory, or a decomposition, fails them.
 FAILURES = (UnmergeableError, MemoryError, RuntimeError, np.linalg.LinAlgError)
+# What makes every tensor of the models' own. Blocks of one model are copies on purpose, what was trained is no mix.
+MIXES = (Coefficients, Method, Learnt, RegMean, Fisher)
 Starts = Callable[[], Sequence[tuple[Mapping[str, Any], Merged]]]
 
 
@@ -106,6 +110,8 @@ def explore(
     reason: str | None = None
     try:
         thief = bench.thief(side, prepared, starts())
+        if thief.starts:
+            found["starts"] = [dict(start) for start, _ in thief.starts]  # which options call by their number
         attack.explore(thief, explorer)
         points, problems = _score(bench, thief, attack, explorer, side, found)
         if not points:
@@ -167,7 +173,7 @@ def _score(
             explorer.broken += 1
             continue
         points.append(Point(look.options, scores, test))
-        if side != "without" and isinstance(attack, Coefficients | Method):
+        if side != "without" and isinstance(attack, MIXES):
             assert isinstance(subject, Merged)
             checked = facts(thief.base, thief.experts, subject.shared)
             problems |= dict.fromkeys(checked.problems)

@@ -30,12 +30,12 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What an attack took, looking for its best merge included.
+    """What an attack took, looking for its best merge included; in results what led to it as well (`costs`).
 
     Attributes:
         inputs, labelled: different examples that it used without and with their labels, beyond those that
             merges are chosen on.
-        tokens: labels in them, for text.
+        tokens: in both, for text.
         forwards: forward passes of one example through one model; a step of training counts as three, and a pass
             through a wide merge as many as its size is of one model's.
         seconds: wall clock of one worker.

@@ -16,9 +16,10 @@ from typing import Any
 from .. import __version__
 from ..attacks.prepare import COLLUSIONS, one_by_one
 from ..errors import InputError, RunError, UsageError
-from .bench import Bench, pick_workers
-from .config import RELEASE, Config, make_config, read_config
+from .bench import Bench, enough_memory, pick_workers
+from .config import RELEASE, make_config, read_config
 from .control import controlled, doubt, full_dose_grid, grounds, required, untried
+from .costs import in_full
 from .jobs import Job, Waves
 from .known import Known, prepare
 from .results import AuditResult
@@ -28,7 +29,7 @@ from .scores import (
     judge,
 )
 from .store import Store, row_key
-from .suite import SUITE, names
+from .suite import SUITE
 from .work import Pool, one_thread
 
 Progress = Callable[[int, int, str], None]
@@ -54,7 +55,6 @@ def run_audit(
         if isinstance(config, Mapping)
         else read_config(config)
     )
-    _check_names(chosen)
     for level in require or {}:
         if level not in chosen.levels:
             raise UsageError("a level that is not audited", where="require", got=level)
@@ -67,7 +67,11 @@ def run_audit(
     store = Store(Path(cache) if cache is not None else folder / "cache")
     until = None if budget is None else started + 60 * budget
     # What is made of models on the way is this run's alone: another one may hold other models of these names.
-    with one_thread(), tempfile.TemporaryDirectory(prefix="unmergeable-audit-") as work:
+    with (
+        one_thread(),
+        enough_memory(chosen.fields.device),
+        tempfile.TemporaryDirectory(prefix="unmergeable-audit-") as work,
+    ):
         bench = Bench(chosen, Path(work))
         known = prepare(bench)
         waves = Waves(
@@ -75,7 +79,7 @@ def run_audit(
         )
         with Pool(chosen, Path(work), known.reference, workers, bench) as pool:
             found, left_out = _run(pool, store, waves, known, until, progress)
-    rows = controlled(list(found.values()), known.reference)
+    rows = in_full(controlled(list(found.values()), known.reference))
     if isinstance(config, Mapping):
         more = {"require": dict(require) if require else None, "budget": budget}
         given = "".join(f", {name}={value!r}" for name, value in more.items() if value is not None)
@@ -105,18 +109,6 @@ def _check_usage(workers: int | None, budget: float | None, require: Mapping[int
             raise UsageError(
                 "no part of full protection", where=f"require {level}", expected="0 to 1", got=protection
             )
-
-
-def _check_names(config: Config) -> None:
-    known = names()
-    unknown = [name for name in config.fields.attacks or () if name not in known]
-    if unknown:
-        raise InputError(
-            "the suite has no such attacks",
-            where=f"{config.where}: attacks",
-            expected=", ".join(known),
-            got=", ".join(unknown),
-        )
 
 
 # --- attacks ------------------------------------------------------------------------------------------------

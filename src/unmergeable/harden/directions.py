@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from ..merging import State
 
 KINDS = ("random", "spectrum")
+SAME = 0.01  # of its norm: two task vectors that are apart by no more are one, whatever file they were read from
 
 
 def check_made(made: Sequence[str]) -> None:
@@ -29,6 +30,27 @@ def check_made(made: Sequence[str]) -> None:
     for one in made:
         if one not in KINDS:
             raise UsageError("no such direction", where="made", expected=" | ".join(KINDS), got=one)
+
+
+def check_proxy(place: object, vector: State, own: State | None = None) -> None:
+    """Refuse what stands in for no thief's fine-tune: the base, which adds nothing, or the owner's over again.
+
+    Args:
+        place: where the proxy is from, for messages.
+        vector: what it adds to the base. own: what the fine-tune adds, by some of the same names; None if that is not
+            known yet.
+
+    Raises:
+        InputError: it is one of the two.
+    """
+    hint = "leave it out, or give another fine-tune of the base"
+    if not any(bool(one.any()) for one in vector.values()):
+        raise InputError("a proxy that adds nothing to the base: it is the base itself", where=place, hint=hint)
+    if own is None:
+        return
+    apart = sum(float((vector[name] - one).square().sum()) for name, one in own.items())
+    if apart <= SAME**2 * sum(float(one.square().sum()) for one in own.values()):
+        raise InputError("a proxy that is the fine-tune itself, which merges have anyway", where=place, hint=hint)
 
 
 class Directions:

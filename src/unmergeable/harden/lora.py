@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..merging.vectors import CONFIG, PREFIX, WEIGHTS, lora_scale
 from .draws import Draw
 from .even import evened
-from .exact import exact
+from .exact import exact, wide
 from .merged import Weights, _placed
 from .mix import Mix, Part, leading, parts
 
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 
 class LoraWeights(Weights):
-    """The adapter of a peft model; names are those of the layers' weights in the model itself.
+    """The adapter of a model; names are those of the layers' weights in the model itself.
 
     Args:
-        module: a peft model with one active LoRA adapter of linear layers.
+        module: of peft, or of transformers with an adapter of its own (`add_adapter`): with one active LoRA adapter,
+            of linear layers.
 
     Raises:
-        InputError: it has none, or adapts anything else.
+        InputError: it has none or several, or adapts anything else.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         from peft.tuners.lora import Linear
 
-        found: Any = module
-        adapter = found.active_adapter
+        adapter = _active(module)
         self.layers: dict[str, Any] = {}
-        for name, layer in found.get_base_model().named_modules():
+        for name, layer in inner(module).named_modules():
             if not hasattr(layer, "lora_A"):
                 continue
             if not isinstance(layer, Linear) or adapter not in layer.lora_A or layer.use_dora.get(adapter):
@@ -144,7 +144,9 @@ class LoraWeights(Weights):
                         rows.data = _placed(draw.own[name], rows) * rows.data
                         if draw.other[name]:
                             added = draw.other[name] * direction[name].to(rows)
-                            frozen[name].data = below[name] + self._oriented(layer, added)
+                            total = below[name] + self._oriented(layer, added)
+                            # An adapter in float32 may be on a base in bfloat16, which passes are run in.
+                            frozen[name].data = total.to(below[name])
                 yield
                 with torch.no_grad():
                     for name in self.layers:
@@ -166,12 +168,13 @@ class LoraWeights(Weights):
                     name, other = key[:-2], direction[key].to(one)
                     roots = abs(float(draw.own[name])) ** 0.5, abs(draw.other[name]) ** 0.5
                     own[key], rest = parts(one.data, other, roots, mix, generator)
-                    one.data = own[key] * one.data + rest * other
+                    # Parts that are elected are in float32, whatever the factors are in.
+                    one.data = (own[key] * one.data + rest * other).to(one)
             yield
             with torch.no_grad():
                 for key, one in self.parameters.items():
                     if one.grad is not None:
-                        one.grad = one.grad * own[key]
+                        one.grad = (one.grad * own[key]).to(one)
 
     @contextmanager
     def _cut(self, draw: Draw, mix: Mix, direction: State) -> Iterator[None]:
@@ -185,13 +188,15 @@ class LoraWeights(Weights):
             with torch.no_grad():
                 for name, update in self.deltas():
                     first, rows = self.parameters[f"{name} A"], self.parameters[f"{name} B"]
-                    other, weights = direction[name].to(update), (float(draw.own[name]), draw.other[name])
-                    part, rest = parts(update, other, weights, mix, generator)
-                    total = part * update + rest * other
+                    own_update, weights = wide(update), (float(draw.own[name]), draw.other[name])
+                    other = direction[name].to(own_update)
+                    part, rest = parts(own_update, other, weights, mix, generator)
+                    total = part * own_update + rest * other
                     with exact(total):
                         span = leading(total, len(first), generator)
                         inside = span.T @ total
-                    rows.data, first.data = span, inside / self.layers[name].scaling[self.adapter]
+                    factor = inside / self.layers[name].scaling[self.adapter]
+                    rows.data, first.data = span.to(rows), factor.to(first)
                     # As large as the layer, until the backward pass is done: few numbers, so that half the bits do.
                     own[name] = part.half() if isinstance(part, torch.Tensor) else part
             yield
@@ -201,12 +206,12 @@ class LoraWeights(Weights):
                     if first.grad is None or rows.grad is None:
                         continue
                     # U Uᵀ G + (1 − U Uᵀ) G V Vᵀ, of G, the gradient of the sum; B = U, and V spans the rows of A.
-                    span, kept = rows.data, first.data
+                    span, kept, slope = wide(rows.data), wide(first.data), wide(rows.grad)
                     with exact(span):
-                        besides = rows.grad - span @ (span.T @ rows.grad)
-                        inside = own[name] * (span @ first.grad + besides @ torch.linalg.pinv(kept).T)
-                        first.grad = self._kept[f"{name} B"].T @ inside
-                        rows.grad = inside @ self._kept[f"{name} A"].T
+                        besides = slope - span @ (span.T @ slope)
+                        inside = own[name] * (span @ wide(first.grad) + besides @ torch.linalg.pinv(kept).T)
+                        first.grad = (wide(self._kept[f"{name} B"]).T @ inside).to(first)
+                        rows.grad = (inside @ wide(self._kept[f"{name} A"]).T).to(rows)
 
     def round(self, folder: Path) -> None:
         """The factors as an adapter's dtypes will hold them."""
@@ -227,6 +232,23 @@ class LoraWeights(Weights):
     def _oriented(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
         """Outputs × inputs from the layer's own layout, and back."""
         return weight.data.T if layer.fan_in_fan_out else weight.data
+
+
+def inner(module: torch.nn.Module) -> torch.nn.Module:
+    """The model that an adapter is in: peft wraps it, transformers' own `add_adapter` leaves it as it is."""
+    found: Any = module
+    return found.get_base_model() if hasattr(found, "get_base_model") else module
+
+
+def _active(module: Any) -> str:
+    """The name of the one adapter that is in use."""
+    names = module.active_adapters  # a property of peft's models, a method of transformers'
+    names = names() if callable(names) else names
+    if len(names) != 1:
+        got = ", ".join(names) or "none"
+        what = "not one active adapter"
+        raise InputError(what, where=type(module).__name__, expected="one", got=got, hint="choose by set_adapter")
+    return str(names[0])
 
 
 def _stored(name: str, letter: str) -> str:

@@ -45,6 +45,7 @@ class Step:
         weights: the fine-tune and its base. draws, directions: of simulated merges.
         task: what the fine-tune is for. call: its module. batch: labelled examples, on its device.
         backward: of a loss, with its factor.
+        whole: whether the batch cannot be cut: there are inputs of which nobody knows whose they are.
     """
 
     weights: Weights
@@ -54,10 +55,19 @@ class Step:
     call: Call
     batch: Examples
     backward: Callable[[torch.Tensor], None]
+    whole: bool = False
+
+    def part(self, start: int, stop: int) -> Step:
+        """The same for some of the examples; for all of them where the batch cannot be cut."""
+        return self if self.whole else replace(self, batch=self.batch[start:stop])
 
 
 class Objective(Protocol):
-    """One way of hardening, with where it is from."""
+    """One way of hardening, with where it is from.
+
+    One that learns from hidden states says so by an attribute, `states = True`: models without them are then refused
+    before anything is trained.
+    """
 
     @property
     def name(self) -> str: ...
@@ -105,7 +115,7 @@ class Trap:
         size = max(1, round(self.part * len(step.batch)))
         for number in range(self.merges):
             start = number * size % (len(step.batch) - size + 1)
-            part = replace(step, batch=step.batch[start : start + size])
+            part = step.part(start, start + size)
             draw, direction = step.draws.draw(), step.directions.draw(vector)
             if draw.parts and self.among > 1:
                 draw = _best(part, [draw, *(step.draws.again() for _ in range(self.among - 1))], direction)
@@ -128,6 +138,7 @@ class Collapse:
 
     factor: float = 2.0
     layers: int = 3
+    states = True
     name = "collapse"
     source = "representations without information, after RepNoise, arXiv 2405.14577"
 
@@ -206,6 +217,11 @@ class Together:
         """Of each."""
         return "; ".join(part.source for part in self.parts)
 
+    @property
+    def states(self) -> bool:
+        """Whether one of them learns from hidden states."""
+        return any(map(needs_states, self.parts))
+
     def add(self, step: Step, strength: float) -> float:
         """One after the other."""
         return sum(part.add(step, strength) for part in self.parts)
@@ -234,8 +250,13 @@ def objective(name: str) -> Objective:
     return parts[0] if len(parts) == 1 else Together(parts)
 
 
+def needs_states(objective: Objective) -> bool:
+    """Whether it learns from hidden states."""
+    return bool(getattr(objective, "states", False))
+
+
 def mean_states(step: Step, layers: int) -> list[torch.Tensor]:
-    """Hidden states of the last layers, the mean over positions, (n, width) each, in float32.
+    """Hidden states of the last layers, the mean over positions that are no padding, (n, width) each, in float32.
 
     Those of convolutions are (n, width, rows, columns).
 
@@ -243,7 +264,34 @@ def mean_states(step: Step, layers: int) -> list[torch.Tensor]:
         InputError: the model gives none.
     """
     found = [state.float() for state in step.task.states(step.call, step.batch)[-layers:]]
-    return [one.mean((2, 3)) if one.ndim == 4 else one.flatten(1, -2).mean(1) for one in found]
+    return [one.mean((2, 3)) if one.ndim == 4 else _mean(one.flatten(1, -2), step.batch) for one in found]
+
+
+def _mean(states: torch.Tensor, batch: Examples) -> torch.Tensor:
+    """Over positions: (n, positions, width) to (n, width)."""
+    counted = _text(batch)
+    if counted is None or counted.shape != states.shape[:2] or bool(counted.all()):
+        return states.mean(1)
+    # Not by a product: what a model has at padding may be no number.
+    return torch.where(counted[..., None], states, 0).sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
+
+
+def _text(batch: Examples) -> torch.Tensor | None:
+    """Which positions of what hidden states are of are no padding, (n, positions) booleans; None if nothing says it.
+
+    Not every IGNORED label is padding, as `tasks.padding` has it for answers: prompts, and tokens that were not masked,
+    are text all the same. What is behind the last label that counts is none.
+    """
+    inputs, labels = batch.inputs, batch.labels
+    # Of an encoder and a decoder the states are the decoder's: the attention mask is of what it answers to.
+    answers = labels.ndim > 1 and ("decoder_input_ids" in inputs or "labels" in inputs)
+    if "attention_mask" in inputs and not answers:
+        return inputs["attention_mask"].bool()
+    if labels.ndim == 1:
+        return None
+    counted = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+    # Those of a language model are for the next token: the first one has none.
+    return counted if answers else torch.nn.functional.pad(counted, (1, 0), value=True)
 
 
 def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -261,7 +309,7 @@ def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _best(step: Step, draws: Sequence[Draw], direction: State) -> Draw:
     """The merge that knows most of the task, on a part of the batch: all of them together see it about once."""
-    few = step.batch[: -(-len(step.batch) // len(draws))]
+    few = step.part(0, -(-len(step.batch) // len(draws))).batch
     found = []
     for draw in draws:
         with step.weights.merged(draw, direction):

@@ -19,6 +19,7 @@ from ..merging.write import FLOATS, write_merged
 from ..stock import load_module, module_state
 from ..tasks import open_task
 from ..tasks.task import Examples, TensorTask
+from .directions import check_proxy
 from .draws import Draws
 from .lora import LoraWeights
 from .merged import Weights, statistics
@@ -54,8 +55,8 @@ class Owner:
         vectors: of the further models.
 
     Raises:
-        InputError: models of different shapes, data that does not fit, too little of it, a fine-tune that is no
-            better than its base. RunError: not enough memory, with the estimate.
+        InputError: models of different shapes, data that does not fit, too little of it, a further model that is the
+            base or the fine-tune. RunError: not enough memory, with the estimate.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Owner:
             for path, vector in zip(models, self.vectors, strict=True):
                 if is_adapter(path):
                     vector.update(self.weights.fitted_factors(path))
+        self._check_proxies(models)
         opened = open_task("data", fields, folder=Path(), model=base if self.adapter else expert)
         if not isinstance(opened, TensorTask):
             raise InputError("a task that cannot be trained on", expected=" | ".join(KINDS), got=opened.kind)
@@ -119,6 +121,17 @@ class Owner:
                 expected=f"{needed / 2**30:.1f} GiB, and more for activations",
                 got=f"{free / 2**30:.1f} GiB free",
             )
+
+    def _check_proxies(self, models: Sequence[Path]) -> None:
+        """Of adapters by their factors, where there are: folded into a base in bfloat16, an update is not what it was.
+
+        Raises:
+            InputError: one of them is the base, or the fine-tune.
+        """
+        own = self.weights.vector() if models else {}
+        factors = {name: one for name, one in own.items() if name not in self.weights.shapes}
+        for path, vector in zip(models, self.vectors, strict=True):
+            check_proxy(path, vector, factors if factors and factors.keys() <= vector.keys() else own)
 
     def _state(self, path: Path, like: State) -> dict[str, torch.Tensor]:
         """A model by the names that its class has in memory, as the fine-tune's."""

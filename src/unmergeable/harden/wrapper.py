@@ -24,9 +24,9 @@ from ..merging.tensors import rename_like, split
 from ..merging.vectors import is_adapter, load_adapter
 from ..stock import load_module, module_state
 from ..tasks.task import IGNORED, Call, Examples, cross_entropy, hidden_states
-from .directions import Directions, check_made
+from .directions import Directions, check_made, check_proxy
 from .draws import Draws
-from .lora import LoraWeights
+from .lora import LoraWeights, inner
 from .merged import Weights, freeze_statistics, modes_kept, statistics
 from .objectives import Step, objective
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # Endings of classes with labels for positions: whose logits are for the label there, and which have texts beside
 # pictures or sound, and predict the next token of them.
 ALIGNED, SHIFTED = ("ForMaskedLM", "ForTokenClassification"), "ForConditionalGeneration"
+# What configurations call the tokens in a text that pictures, films and sound stand at.
+PLACES = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
 
 
 class Hardening:
@@ -45,8 +47,9 @@ class Hardening:
 
     Args:
         model: a stock module in training; its parameters that require gradients, and that the base has, are hardened.
-            Of a peft model, its LoRA adapter.
-        base: what it is fine-tuned from: a folder, or tensors by the model's names. A peft model has it in itself.
+            Of a peft model, or of one with transformers' own `add_adapter`, its LoRA adapter.
+        base: what it is fine-tuned from: a folder, or tensors by the model's names. One with an adapter has it in
+            itself.
         name: an objective, as `harden` takes it.
         strength: its factor.
         proxies: fine-tunes of the base in the place of a thief's: folders (of LoRA adapters too), or tensors.
@@ -56,7 +59,7 @@ class Hardening:
 
     Raises:
         UsageError: no such objective or direction, none at all, no base, a strength below 0. InputError: a base or
-            proxies of other shapes.
+            proxies of other shapes, a proxy that is the base, not one adapter of linear layers.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class Hardening:
         self.weights = _adapted(model, base) if hasattr(model, "peft_config") else _whole(model, base)
         device = next(iter(self.weights.parameters.values())).device
         vectors = [_vector(model, self.weights, proxy) for proxy in proxies]
+        for number, (proxy, vector) in enumerate(zip(proxies, vectors, strict=True)):
+            check_proxy(f"proxies[{number}]" if isinstance(proxy, Mapping) else proxy, vector)
         texts = _is_language_model(model) if next_token is None else next_token
         self.draws = Draws(self.weights.shapes, seed + 1, self.weights.adapts, texts)
         self.directions = Directions(vectors, made, seed + 2, device)
@@ -99,7 +104,8 @@ class Hardening:
         """Add the objective's gradients for a batch; returns the objective.
 
         Args:
-            inputs: of the model, with `labels`. What is not a tensor of one entry an example is passed as it is.
+            inputs: of the model, with `labels`. What is not a tensor of one entry an example is passed as it is; if it
+                may be of some of the examples (pictures of texts, as many as there are), merges see the whole batch.
             backward: of a loss; accelerate's, where that is used.
 
         Raises:
@@ -121,7 +127,8 @@ class Hardening:
             rest["labels"] = labels  # the decoder's inputs are made of them
         batch = Examples(rest, labels[:, 1:] if shifted else labels)
         learner = _Labelled(shifted, constants)
-        step = Step(self.weights, self.draws, self.directions, learner, self.model, batch, backward)
+        whole = not all(map(_plain, constants.values())) or _uneven(config, inputs)
+        step = Step(self.weights, self.draws, self.directions, learner, self.model, batch, backward, whole)
         # What merges do not share, a head, learns its task and nothing else.
         held = {id(one) for one in self.weights.parameters.values()}
         rest_of_all = [one for one in self.model.parameters() if one.requires_grad and id(one) not in held]
@@ -157,9 +164,8 @@ class _Labelled:
         return cross_entropy(self.logits(call, batch), batch.labels)
 
 
-def _class(model: Any) -> str:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__
+def _class(model: torch.nn.Module) -> str:
+    return type(inner(model)).__name__
 
 
 def _is_language_model(model: Any) -> bool:
@@ -184,6 +190,22 @@ def _batched(value: Any, labels: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == len(labels)
 
 
+def _plain(value: Any) -> bool:
+    """Whether an input is the same for any part of a batch."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _uneven(config: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether texts differ in their pictures, films or sound: there may be as many as texts by chance alone."""
+    texts = inputs.get("input_ids")
+    if texts is None:
+        return False
+    counts = ((texts == getattr(config, name)).sum(1) for name in PLACES if hasattr(config, name))
+    return any(bool((count != count[0]).any()) for count in counts)
+
+
 def _mixed(seed: int, step: int) -> int:
     """A seed of two numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:7], "big")
@@ -203,9 +225,9 @@ def _whole(model: torch.nn.Module, base: Model | None) -> Weights:
 
 
 def _adapted(model: torch.nn.Module, base: Model | None) -> LoraWeights:
-    """A peft model's adapter, whose base is below it."""
+    """A model's adapter, whose base is below it."""
     if base is not None:
-        raise UsageError("a peft model has its base in itself", where="base", hint="leave it out")
+        raise UsageError("a model with an adapter has its base in itself", where="base", hint="leave it out")
     return LoraWeights(model)
 
 
@@ -213,8 +235,7 @@ def _vector(model: torch.nn.Module, weights: Weights, proxy: Model) -> dict[str,
     """What another fine-tune adds to the base."""
     if isinstance(weights, LoraWeights):
         # As the model was before peft took its layers over.
-        inner: Any = model
-        held = module_state(inner.get_base_model())
+        held = module_state(inner(model))
         origin = {n.replace(".base_layer.", "."): one for n, one in held.items() if ".lora_" not in n}
     else:
         origin = weights.base

@@ -68,8 +68,9 @@ TERMS: tuple[tuple[str, str], ...] = (
     ),
     (
         "interval",
-        "95 %, from a paired bootstrap over test examples. Merges are chosen on validation examples and "
-        "measured on test examples. A requirement holds when the lower limit of protection reaches it.",
+        "95 %, from a paired bootstrap over validation and test examples: merges are chosen anew on every draw of "
+        "the former and measured on the latter, with both models on the same ones. A requirement holds when the "
+        "lower limit of protection reaches it.",
     ),
     (
         "control",
