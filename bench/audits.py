@@ -3,6 +3,7 @@
     python bench/audits.py -d WORK --docs docs/results.md                 # the embedded zoo alone
     python bench/audits.py -d WORK --zoo PATH --docs docs/results.md      # all of it, hours on two cores
     python bench/audits.py -d WORK --zoo PATH --only text-c               # names that begin so
+    python bench/audits.py -d NEW --only embedded-exact --top 1 --timed   # from nothing, and how long that takes
     python bench/audits.py -d WORK --docs docs/results.md --readme README.md --tables   # of what bench/audits holds
 
 Locks are drawn from a key and salts made of --seed. Rows are kept in WORK/cache: a run that was stopped goes on,
@@ -237,6 +238,33 @@ def keep(case: Case, results: Path, places: Mapping[str, str]) -> None:
     (KEPT / f"{case.name}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
+def clock(case: Case, result: um.AuditResult, workers: int) -> None:
+    """Keep how long an audit took from nothing, beside this script."""
+    path = KEPT / "times.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    document = result.as_dict()
+    known[case.name] = {
+        "levels": list(case.levels), "workers": workers, "rows": len(result.rows), "seconds": result.seconds,
+        "machine": document["machine"], "tool": document["tool"],
+    }  # fmt: skip
+    path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def lacking(found: Mapping[str, tuple[Case, Mapping[str, Any]]]) -> list[str]:
+    """Audits of this script that were not run, and levels of those that were."""
+    wanted: dict[str, set[int]] = {}
+    for case in cases(Path()):
+        wanted.setdefault(case.name, set()).update(case.levels)
+    lines = []
+    for name, levels in wanted.items():
+        have = {level["level"] for level in found[name][1]["levels"]} if name in found else set()
+        if not have:
+            lines.append(f"`{name}`")
+        elif levels - have:
+            lines.append(f"`{name}` at level {' and '.join(map(str, sorted(levels - have)))}")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -250,6 +278,7 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, help="minutes an audit; what does not fit is left out, and said"
     )
+    parser.add_argument("--timed", action="store_true", help="keep how long it takes; WORK must be new")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the document")
     parser.add_argument("--docs", type=Path, help="document to write")
     parser.add_argument("--readme", type=Path, help="document whose table of audits is written")
@@ -260,12 +289,17 @@ def main() -> None:
         for case in cases(args.zoo)
         if case.name.startswith(tuple(args.only))
     )
+    if args.timed and (args.work / "cache").exists():
+        parser.error("--timed takes a new folder: rows that are known cost nothing")
     for case in () if args.tables else chosen:
         began = time.monotonic()
         folder = args.work / case.name
         config = configuration(case, known[case.setting], args.work / "locks" / case.setting, args.seed)
         result = um.audit(config, folder, workers=args.workers, cache=args.work / "cache", budget=args.budget)
         shares = ", ".join(f"level {one.level}: {one.recovered:.3f}" for one in result.levels)
+        if args.timed:
+            clock(case, result, args.workers)
+            continue
         keep(case, folder / "results.json", {str(args.work): "WORK", str(args.zoo): "ZOO"})
         print(f"{case.name}: {shares} ({time.monotonic() - began:.0f} s)", flush=True)
     earlier = KEPT / "zoo-tables.json"
@@ -277,13 +311,14 @@ def main() -> None:
         if path.exists():
             found[case.name] = case, json.loads(gzip.decompress(path.read_bytes()))
     if args.docs is not None:
-        missing = list(dict.fromkeys(case.name for case in cases(Path()) if case.name not in found))
         slices = {name: setting.slice for name, setting in settings(args.work, Path()).items()}
         before = (
             zoo_tables.tables(json.loads(earlier.read_text(encoding="utf-8"))) if earlier.exists() else None
         )
         hardening = harden_tables.section(KEPT.parent / "harden")
-        text = document(found, slices, SCENARIOS, args.seed, before, missing, hardening)
+        kept = KEPT / "times.json"
+        times = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        text = document(found, slices, SCENARIOS, args.seed, before, lacking(found), hardening, times)
         args.docs.write_text(text, encoding="utf-8")
     if args.readme is not None:
         text = args.readme.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from audits_text import level_of, number, page, share, table
+from unmergeable.audit.suite import RULES
 
 Document = Mapping[str, Any]
 Found = Mapping[str, tuple[Any, Document]]
@@ -39,11 +40,12 @@ def document(
     earlier: str | None,
     missing: Sequence[str],
     hardening: str,
+    times: Mapping[str, Any],
 ) -> str:
     """The whole page.
 
     `earlier` are the tables of zoo_tables.py, if they were made, `missing` audits that were not, `hardening` a section
-    of its own.
+    of its own, `times` how long audits took from nothing.
     """
     first = next(iter(found.values()))[1]
     parts = [
@@ -52,7 +54,7 @@ def document(
             suite=first["suite"],
             tool=first["tool"],
             machine=_machine(first["machine"]),
-            missing=f" Audits of the script that were not run: {', '.join(missing)}." if missing else "",
+            missing=f" Of what the script asks for were not run: {', '.join(missing)}." if missing else "",
             slices="\n".join(
                 f"- `{name}`: {NAMES[name]}; {slices[name]}"
                 for name in dict.fromkeys(case.setting for case, _ in found.values())
@@ -66,6 +68,7 @@ def document(
         *(methods(found, setting) for setting in NAMES),
         claims(found),
         costs(found),
+        clocks(times),
         hardening,
         EARLIER.format(tables=earlier) if earlier else "",
         DOUBTS,
@@ -89,7 +92,8 @@ def summary(found: Found) -> str:
         alone = result["standalone"]
         lines.append(
             (
-                case.setting, f"`{case.method}`", number(alone["plain"], 4), number(alone["protected"], 4),
+                case.setting, f"`{case.method}`{_mark(result)}",
+                number(alone["plain"], 4), number(alone["protected"], 4),
                 *(share(level_of(result, level)) for level in range(4)),
             )
         )  # fmt: skip
@@ -109,7 +113,27 @@ def summary(found: Found) -> str:
         for case, result in found.values()
         if result["left_out"]
     ]
-    return page("## What thieves get", table(header, lines), *parts)
+    return page("## What thieves get", table(header, lines), *parts, _older(found))
+
+
+def _mark(result: Document) -> str:
+    """Behind a lock whose figures are of earlier rules."""
+    return "" if result.get("rules", 1) == RULES else " †"
+
+
+def _older(found: Found) -> str:
+    return OLDER if any(_mark(result) for _, result in found.values()) else ""
+
+
+def clocks(times: Mapping[str, Any]) -> str:
+    """How long audits take from nothing."""
+    lines = [
+        (f"`{name}`", ", ".join(map(str, one["levels"])), one["rows"], one["workers"],
+         f"{one['seconds'] / 60:.1f}", _machine(one["machine"]))
+        for name, one in times.items()
+    ]  # fmt: skip
+    header = ("audit", "levels", "rows", "workers", "minutes", "machine")
+    return page(CLOCKS, table(header, lines)) if lines else ""
 
 
 def readme(found: Found) -> str:
@@ -120,7 +144,7 @@ def readme(found: Found) -> str:
             shares = [share(level_of(result, level)) or "–" for level in range(4)]
             total = len(result["left_out"]) + len(result["rows"])
             part = f"{len(result['rows'])} of {total}" if result["left_out"] else "all"
-            lines.append((case.setting, f"`{case.method}`", part, *shares))
+            lines.append((case.setting, f"`{case.method}`{_mark(result)}", part, *shares))
     header = (
         "models",
         "lock",
@@ -130,7 +154,7 @@ def readme(found: Found) -> str:
         "2: and has inputs",
         "3: and has few labels",
     )
-    return table(header, lines)
+    return page(table(header, lines), _older(found)).rstrip()
 
 
 def scenario_table(found: Found, scenarios: Mapping[str, str]) -> str:
@@ -285,6 +309,7 @@ What each lock is worth against each kind of thief, measured by the [audit](audi
 
     python bench/audits.py -d WORK --zoo PATH --docs docs/results.md
 
+(with `--only NAME --budget MINUTES` for audits that ran under a budget);
 attack suite {suite}, unmergeable {tool}, seed {seed};
 {machine}; two workers of one thread.
 Nothing here is tuned on the test half: merges are chosen on validation examples and reported on others. Examples:
@@ -336,6 +361,15 @@ COSTS = """
 example through one model, looking for the best merge and what led there included; a step of training counts as three.
 Inputs and labelled: examples beyond those that merges are chosen on. Size: of the result, over one model.
 """
+CLOCKS = """
+## How long an audit takes
+
+From nothing, not a row known: `python bench/audits.py -d NEW --zoo PATH --only NAME --top 1 --timed`.
+"""
+OLDER = """
+† of earlier rules: measured before what undoes a lock was tried ahead of what damages the model, and before attacks
+that did not prove themselves left the sum. Both made a lock look better.
+"""
 EARLIER = """
 ## Earlier measurements once more
 
@@ -358,8 +392,9 @@ Differences above .05, and why:
   the rows `none`, *aligned*, *never locked* and *wide*, agrees to .03.
 - The scales of `exact --scales` move the model less far here (15 times the distance of the fine-tune, 27 before):
   the earlier lock also chose, of several orders of MLP rows, the one least like the base.
-- `mergelock` at condition 1e6 is 2,800 times as far from the base, before 160,000: there the condition had no cap
-  at all. Its outputs differ for the same reason in both, which is why the package caps it.
+- `mergelock` at condition 1e6 is 2,800 times as far from the base, before 160,000, and moves outputs by .17, before
+  by .016. Rounding grows with the condition, which here is near 1e6 in every matrix; random ones without a cap are
+  of less condition, but for the worst of them, and were multiplied by scales, which made them large.
 - Rotations alone (−.10, .07 and .67, .01 then) have no row: no method draws from that group by itself.
 """
 DOUBTS = """

@@ -1,7 +1,7 @@
 """Ideas against a thief with labels, or with inputs to distil on: objectives for `harden`, each of a kind of its own.
 
-bench/harden.py measures what they are worth, each beside the trap, which stands against merges without data. One,
-`collapse`, has become part of the package.
+bench/harden.py measures what they are worth, each beside the trap, which is against merges without data. One,
+`collapse`, has become part of the package. Of some there is a training and no audit: docs/results.md names them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Apart:
 class Nasty:
     """Answers must differ from those of the fine-tune as it was, but for the right one: a bad teacher.
 
-    Nasty Teacher (arXiv 2105.07381): minus the Kullback-Leibler divergence at a temperature, bounded here.
+    Nasty Teacher (arXiv 2105.07381): minus the Kullback-Leibler divergence at a temperature, bounded here. As it stands
+    it is a no-op: the divergence from itself has no slope where training begins, and what it was measured at is the
+    trap's. (There the answers differ from those of another network, trained by itself.)
     """
 
     temperature: float = 4.0

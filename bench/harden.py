@@ -283,8 +283,8 @@ def brief(found: dict[str, Any]) -> dict[str, Any]:
         {name: row[name] for name in ("chain", "side", "level", "state", "reason", "options", "test", "cost")}
         for row in found["rows"]
     ]
-    kept = ("levels", "standalone", "machine", "suite", "seed", "seconds", "left_out", "notes")
-    return {**{name: found[name] for name in kept}, "rows": rows}
+    kept = ("levels", "standalone", "machine", "suite", "rules", "seed", "seconds", "left_out", "notes")
+    return {**{name: found[name] for name in kept if name in found}, "rows": rows}
 
 
 def keep(record: Path, args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ TEXTS = ("c", "python", "js")
 EMBEDDED = ("fashion", "digits", "latin", "cyrillic")
 FAMILIES = {"text": "llama", "text2": "gpt2", "lora": "llama"}
 # The strength follows what simulated merges keep, unless --strength fixes it: what takes `fmnist` away leaves `cyr`.
+# Of `images` they are not those of `harden` by itself, which are those of `embedded`; nor are those of `text`.
 RECIPES: dict[str, dict[str, Any]] = {
     "embedded": {"steps": 300, "batch": 64, "rate": 3e-4},
     "images": {"steps": 600, "batch": 128, "rate": 2e-4},
@@ -27,7 +28,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "text2": {"steps": 600, "batch": 32, "rate": 5e-4, "may": 0.02},
     "lora": {"steps": 600, "batch": 32, "rate": 2e-3},
 }
-# What an audit runs: off the shelf, anchored, block substitution, wide merges; coefficients without labels.
+# What an audit runs unless --attacks names others, as most of what is kept on CPUs does: off the shelf, anchored, block
+# substitution, wide merges; coefficients without labels. It is a part of the suite.
 ATTACKS = (
     "task_arithmetic", "full_dose", "ties", "iso_c", "tall_mask", "mergekit:della_linear", "substitute-blocks",
     "wide", "anchor-coupled", "coefficients-row-entropy",
@@ -70,7 +72,8 @@ class Variant:
     proxies: bool | str = True
 
 
-# As it was before thieves chose among blocks (`mined`, as `harden` has it), and merges saw half a batch each for it.
+# As it was before thieves chose among blocks (`mined`, the objective that `harden` has), and merges saw half a batch
+# each for it.
 SIMPLE = Trap(part=1.0, among=1)
 # Kept to the fine-tune's own answers, where the others, and the control, are trained on labels.
 ANSWERS = {"labels": 0.0}

@@ -1,10 +1,12 @@
 """What hardening does to a model beside its merges: calibration, quantisation, rounding, and training it further.
 
-    python bench/harden_effects.py --zoo PATH --case images-fmnist --control DIR --hardened DIR --keep NAME
+    python bench/harden_effects.py --zoo PATH --case images-fmnist --way mined+collapse \\
+        --control WORK/images-fmnist-0-control --hardened WORK/images-fmnist-0-mined+collapse --keep NAME
 
 Both models are scored on the test examples. A licensed user's own training is plain AdamW on the task's training
 data, and on another task's under that task's head: how well the user does from the hardened model, against the
-control and, for the other task, the base.
+control and, for the other task, the base. Of the embedded zoo the other task's training data are the few images that
+the package carries. Adapters are not measured.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from harden_cases import Case, cases, descend, opened, paths, tensors
+from harden_cases import BARS, Case, cases, descend, opened, paths, tensors
 from unmergeable.stock import load_module
 from unmergeable.tasks.task import IGNORED, TensorTask
 
 BINS = 15
-STEPS, RATE = {"images": 100, "text": 60, "text2": 60}, 1e-4
-BATCH = {"images": 64, "text": 4, "text2": 4}
-OTHER_STEPS = {"images": 200, "text": 60, "text2": 60}
+STEPS, RATE = {"embedded": 100, "images": 100, "text": 60, "text2": 60}, 1e-4
+BATCH = {"embedded": 64, "images": 64, "text": 4, "text2": 4}
+OTHER_STEPS = {"embedded": 200, "images": 200, "text": 60, "text2": 60}
 KEPT = Path(__file__).parent / "harden"
 
 
@@ -34,15 +36,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--zoo", type=Path, required=True, help="the measuring zoo")
-    parser.add_argument("--case", required=True, help="as bench/harden.py calls it")
-    parser.add_argument("--control", type=Path, required=True)
+    known = {one.name: one for one in cases()}
+    parser.add_argument(
+        "--case", required=True, choices=list(known), metavar="CASE", help="as bench/harden.py calls it"
+    )
+    parser.add_argument(
+        "--way", required=True, choices=[one.name for one in BARS], help="how it was hardened"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--control", type=Path, required=True, help="in the WORK of bench/harden.py")
     parser.add_argument("--hardened", type=Path, required=True)
     parser.add_argument("--keep", help="keep what was found in bench/harden under this name")
     args = parser.parse_args()
-    case = {one.name: one for one in cases()}[args.case]
-    base, models, setting = paths(case, args.zoo, args.zoo)
+    case = known[args.case]
+    if case.family not in STEPS:
+        parser.error(
+            f"no side effects of {case.name}: adapters are not measured, only models of {', '.join(STEPS)}"
+        )
+    base, models, setting = paths(case, args.zoo, args.control.absolute().parent)
     task = tensors(case.protected, setting.tasks[case.protected], models[case.protected])
-    found: dict[str, Any] = {"case": case.name, "slice": setting.slice, "seed": 0, "models": {}}
+    found: dict[str, Any] = {
+        "case": case.name,
+        "way": args.way,
+        "slice": setting.slice,
+        "seed": args.seed,
+        "models": {},
+    }
     other = Case(case.family, case.own[0], case.proxy, ())
     for name, path in (("control", args.control), ("hardened", args.hardened)):
         row = measured(path, task)
@@ -117,7 +136,7 @@ def further(case: Case, zoo: Path, path: Path, task: TensorTask, steps: int) -> 
 def elsewhere(other: Case, zoo: Path, path: Path, models: dict[str, Path], setting: Any) -> float:
     """The test score on another task after training the body there, under that task's frozen head."""
     module: Any = load_module(path)
-    if other.family == "images":
+    if other.family in ("images", "embedded"):
         head = load_module(models[other.protected])
         head_state = {n: t for n, t in head.state_dict().items() if n.startswith("classifier.")}
         body = {n: t for n, t in module.state_dict().items() if n not in head_state}
@@ -125,8 +144,14 @@ def elsewhere(other: Case, zoo: Path, path: Path, models: dict[str, Path], setti
         module.load_state_dict({**body, **head_state})
         for name, one in module.named_parameters():
             one.requires_grad_(not name.startswith("classifier."))
-    data = opened(other, zoo, models[other.protected])
-    task = tensors(other.protected, setting.tasks[other.protected], models[other.protected])
+    fields = setting.tasks[other.protected]
+    if other.family == "embedded":  # the measuring zoo has other classes
+        few = {**fields, **fields["train"]}
+        del few["train"]
+        data = tensors("data", few, models[other.protected])
+    else:
+        data = opened(other, zoo, models[other.protected])
+    task = tensors(other.protected, fields, models[other.protected])
     options = {"rate": 2e-4, "steps": OTHER_STEPS[other.family], "batch": BATCH[other.family], "seed": 7}
     descend(module, data, data.evaluation.labels, options)
     return _score(module, task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -13,6 +14,8 @@ from audits_text import level_of, number, page, share, table
 
 Record = Mapping[str, Any]
 
+# As many seeds are summed up. AIM: what the score alone may change by on average of them, in points or per cent.
+SEEDS, AIM = 3, -0.3
 # What others publish, in their own words or figures: none of it was measured here.
 WORDS = "no comparable figure"
 PUBLISHED = (
@@ -97,10 +100,11 @@ def bars(records: list[Any]) -> str:
         _defaults(records),
         ROTATION,
         rotation(records),
-        TRIED.format(how="not all of them the whole suite" if whole else "none of them the whole suite"),
+        _flowing(TRIED.format(how="not all of them" if whole else "none of them")),
         tried(records),
         SUMMARY,
         summary(records),
+        _open(records),
         EACH,
         table(header, lines),
     )
@@ -125,7 +129,7 @@ def tried(records: list[Any]) -> str:
         levels = range(1 + max(level["level"] for level in record["found"]["levels"]))
         ran = {name for row in rows for name in row["chain"]}
         key = (
-            *(_names(_own(record, level)) if level in levels else "not run" for level in range(3)),
+            *(_names(_own(record, level)) or "none" if level in levels else "not run" for level in range(3)),
             _names(row for row in rows if row["state"] != "done"),
             ", ".join(f"`{name}`" for name in ATTACKS if name not in ran),
         )
@@ -149,17 +153,16 @@ def summary(records: list[Any]) -> str:
         groups.setdefault(key, []).append(record["found"])
     lines = []
     for (source, case, variant, recipe), found in groups.items():
-        if len(found) < 3:
+        if len(found) < SEEDS:
             continue
         levels = [[one for one in (level_of(each, n) for each in found) if one is not None] for n in range(3)]
         worst = [number(max(one["recovered"] for one in level)) if level else "" for level in levels]
         limit = number(max(one["interval"][1] for one in levels[1]))
-        changes = [100 * each["standalone"]["difference"] for each in found]
-        score = f"{number(sum(changes) / len(changes), 1)} points"
-        least = f"{number(min(changes), 1)} points"
-        lines.append(
-            (source, case, f"`{variant}`", recipe, len(found), score, least, *worst[:2], limit, worst[2])
-        )
+        moved = [_moved(each["standalone"]) for each in found]
+        mean, unit = sum(change for change, _ in moved) / len(moved), moved[0][1]
+        met = "yes" if mean > AIM - 1e-9 else "no"
+        change = f"{number(mean)} {unit}", f"{number(min(moved)[0])} {unit}", met
+        lines.append((source, case, f"`{variant}`", recipe, len(found), *change, *worst[:2], limit, worst[2]))
     header = (
         "run",
         "model",
@@ -168,6 +171,7 @@ def summary(records: list[Any]) -> str:
         "seeds",
         "mean change",
         "worst change",
+        "aim",
         "level 0",
         "level 1",
         "its upper limit",
@@ -189,12 +193,11 @@ def labels(records: list[Any]) -> str:
         shares = (f"level {level} {share(level_of(record['found'], level))}" for level in (2, 3))
         recovered.append(f"{record['case']} ({record['source']}) {', '.join(shares)}")
     header = ("run", "model", "attack", "hardened", "control", "without either")
-    about = LABELS.format(recovered="; ".join(recovered))
-    if not any(one["variant"].startswith(("mined", "kept")) for one in _audits(records, 3)):
-        about += UNLABELLED
-    return (
-        page("### Against thieves with labels, or with inputs", about, table(header, lines)) if lines else ""
-    )
+    about = _flowing(LABELS.format(recovered="; ".join(recovered)))
+    judged = any(one["variant"].startswith(("mined", "kept")) for one in _audits(records, 3))
+    rest = "" if judged else UNLABELLED
+    head = "### Against thieves with labels, or with inputs"
+    return page(head, about, rest, table(header, lines)) if lines else ""
 
 
 def ideas(records: list[Any]) -> str:
@@ -215,7 +218,7 @@ def ideas(records: list[Any]) -> str:
         cells = [_value(rows.get((attack, "protected"))) for attack in shown]
         lines.append(
             (
-                f"`{record['variant']}`" + STILL.get(record["variant"], ""),
+                f"`{record['variant']}`" + NO_OPS.get(record["variant"], ""),
                 _change(alone),
                 number(_joint(record)),
                 share(level_of(record["found"], 3)),
@@ -229,15 +232,15 @@ def ideas(records: list[Any]) -> str:
 
 def _unjudged(records: list[Any]) -> str:
     """Ideas that were trained, and audited on no model."""
-    from frontier_ideas import IDEAS as known
+    from frontier_ideas import IDEAS as KNOWN
 
     judged = {record["variant"] for record in records if record["kind"] == "audit"}
     cases: dict[str, set[str]] = {}
     for record in _trainings(records).values():
-        if record["variant"] in known and record["variant"] not in judged:
+        if record["variant"] in KNOWN and record["variant"] not in judged:
             cases.setdefault(record["variant"], set()).add(f"{record['case']}, {record['source']}")
     names = [f"`{name}` ({'; '.join(sorted(where))})" for name, where in sorted(cases.items())]
-    return f"Trained and never audited, so that nothing is known of them: {', '.join(names)}." if names else ""
+    return _flowing(f"Trained, never audited, and so not judged: {', '.join(names)}.") if names else ""
 
 
 def owners(records: list[Any]) -> str:
@@ -288,8 +291,8 @@ def prices(records: list[Any]) -> str:
     trainings = _trainings(records)
     for key, record in trainings.items():
         if record["peak"] and record["variant"].startswith(("trap", "mined", "kept")):
-            looks = "plain" in record["report"]["standalone"]
-            way = record["source"], record["case"].partition("-")[0], record["variant"], _recipe(record), looks
+            family, looks = record["case"].partition("-")[0], "plain" in record["report"]["standalone"]
+            way = record["source"], family, record["variant"], _recipe(record), looks
             groups.setdefault(way, []).append((trainings.get((*key[:3], "control")), record))
     lines = []
     for (source, family, variant, recipe, looks), pairs in groups.items():
@@ -312,7 +315,7 @@ def prices(records: list[Any]) -> str:
         "way",
         "recipe",
         "trainings",
-        "looks and plain training in it",
+        "with looks and plain training",
         "plain",
         "hardened",
         "ratio",
@@ -329,30 +332,25 @@ def effect(found: Mapping[str, Any], records: list[Any]) -> str:
     names = list(dict.fromkeys(name for row in models.values() for name in row))
     lines = [(name, *(number(models[model].get(name), 4) for model in models)) for name in names]
     head = f"### Side effects: {found['case']}"
-    about = EFFECTS.format(slice=found["slice"], way=_way(found, records))
+    about = _flowing(EFFECTS.format(slice=found["slice"], way=_way(found, records)))
     return page(head, about, table(("", *models), lines))
 
 
 def _way(found: Mapping[str, Any], records: list[Any]) -> str:
     """Which hardened model side effects are of: as the file says, or that of this case whose scores are the same."""
-    trainings, known = _trainings(records), dict[str, None]()
-    scores = [found["models"][name]["score"] for name in ("control", "hardened")]
+    known, trainings, models = {}, _trainings(records), found["models"]
     for record in _audits(records, 1, 2, 3):
-        alone = record["found"]["standalone"]
-        same = all(abs(alone[side] - one) < 1e-6 for side, one in zip(("plain", "protected"), scores, strict=True))
-        if same and (record["case"], record["seed"]) == (found["case"], found["seed"]):
-            trained = trainings.get(_key(record))
-            if found.get("way") in (None, record["variant"]) and trained is not None:
-                known[f"`{record['variant']}` of `{record['source']}`, {_strength(trained)}"] = None
-    if known:
-        return " or ".join(known)
-    return f"`{found['way']}`" if "way" in found else "not known"
-
-
-def _strength(trained: Record) -> str:
-    report = trained["report"]
-    how = "at a fixed λ of" if report.get("may") is None else "λ followed what merges keep, to"
-    return f"{how} {number(report['strength'])}"
+        alone, trained = record["found"]["standalone"], trainings.get(_key(record))
+        far = (
+            abs(alone["plain"] - models["control"]["score"]),
+            abs(alone["protected"] - models["hardened"]["score"]),
+        )
+        same = max(far) < 1e-6 and all(record[name] == found[name] for name in ("case", "seed"))
+        if same and trained is not None and found.get("way") in (None, record["variant"]):
+            report = trained["report"]
+            how = "at a fixed λ of" if report.get("may") is None else "its λ followed what merges keep, to"
+            known[f"`{record['variant']}` in `{record['source']}`, {how} {number(report['strength'])}"] = None
+    return " or ".join(known) or (f"`{found['way']}`" if "way" in found else "a way that is not known")
 
 
 # --- records ------------------------------------------------------------------------------------------------
@@ -394,10 +392,32 @@ def _names(rows: Iterable[Any]) -> str:
 
 
 def _mark(record: Record, level: int) -> str:
-    """A dagger where a level of which more was tried stands on one attack of its own alone."""
+    """What is to be known of a figure: it stands on one attack of its own, or on one that did not prove itself."""
     found = level_of(record["found"], level)
-    alone = level < 2 and found is not None and found["reliable"] and len(_own(record, level)) == 1
-    return " †" if alone else ""
+    if found is None or not found["reliable"]:
+        return ""
+    rows = record["found"]["rows"]
+    taken = [floor["plain"]["row"] for floor in found["floors"]]
+    unproven = any(row is not None and rows[row]["state"] == "unreliable" for row in taken)
+    return " ‡" * (level < 2 and len(_own(record, level)) == 1) + " §" * unproven
+
+
+def _open(records: list[Any]) -> str:
+    """Of the ways with several seeds, what was not stopped: intervals that lie above nothing."""
+    audits = sorted(_audits(records, 1, 2), key=_key)
+    ways = [(one["source"], one["case"], one["variant"]) for one in audits]
+    several = [one for one, way in zip(audits, ways, strict=True) if ways.count(way) >= SEEDS]
+    found = []
+    for one in several:
+        levels = [level for level in one["found"]["levels"] if level["reliable"]]
+        if any(level["interval"][0] > 0 for level in levels):
+            said = ", ".join(f"level {level['level']} {share(level)}" for level in levels)
+            found.append(
+                f"{one['case']} with seed {one['seed']} ({one['source']}, `{one['variant']}`): {said}"
+            )
+    count = f"{len(found)} of {len(several)} audits in this table"
+    what = "the interval of a level lies above nothing, so that the task was not taken from merges"
+    return _flowing(f"In {count} {what}: {'; '.join(found)}.") if found else ""
 
 
 def _recipe(trained: Record | None) -> str:
@@ -425,7 +445,12 @@ def _defaults(records: list[Any]) -> str:
     )
     other = "" if any(name.startswith("images-") for name in found) else OTHER_RECIPE
     images, texts = recipes.values()
-    return DEFAULT.format(images=images, texts=texts, found=", ".join(found) or "none", other=other)
+    return _flowing(DEFAULT.format(images=images, texts=texts, found=", ".join(found) or "none", other=other))
+
+
+def _flowing(text: str) -> str:
+    """A paragraph whose lines are as long as any, whatever was filled in."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _joint(record: Record) -> float:
@@ -451,11 +476,17 @@ def _value(pair: Mapping[str, float] | None) -> str:
     return "–" if pair is None else f"{number(pair['protected'])}, {number(pair['own'])}"
 
 
-def _change(alone: Mapping[str, Any]) -> str:
-    """Of the score alone: points of accuracy, or per cent of the cross-entropy; better is positive."""
+def _moved(alone: Mapping[str, Any]) -> tuple[float, str]:
+    """By how much the score alone has changed, and in what: points of accuracy, or per cent of the cross-entropy."""
     if alone["plain"] < 0:
-        return f"{number(100 * alone['difference'] / abs(alone['plain']))} %"
-    return f"{number(100 * alone['difference'], 1)} points"
+        return 100 * alone["difference"] / abs(alone["plain"]), "%"
+    return 100 * alone["difference"], "points"
+
+
+def _change(alone: Mapping[str, Any]) -> str:
+    """Of the score alone; better is positive."""
+    change, unit = _moved(alone)
+    return f"{number(change, 2 if unit == '%' else 1)} {unit}"
 
 
 HEAD = """
@@ -482,27 +513,29 @@ ROTATION = """
 Who is protected from whom. Hardening sees the owner's stand-in, never the thief's own:
 """
 TRIED = """
-What they ran, {how}. By level, the attacks that proved themselves on the control (or, where a preparation has a known
-case, on that); then those that did not, whose failure says nothing; then those of `ATTACKS` in `bench/harden_cases.py`
-that were not run. Of level 2 there are row coefficients by entropy at most: with distillation among the attacks a
-thief of level 2 gets most of the task, see below. Numbers are seeds.
+What every audit ran, {how} the whole suite: by level, the attacks that proved themselves by working on the control;
+those that did not, whose failure says nothing; and those of `ATTACKS` in `bench/harden_cases.py` that were not run.
+Numbers are seeds.
 """
 SUMMARY = """
-The mean of several seeds, and the worst of them. Accuracy is counted on as many test images as the runs say, 1,000 if
-they say nothing:
+Several seeds together, 1,000 test images a task, of `embedded` 500. *aim*: whether the score alone lost at most .3
+points of accuracy, or per cent of the cross-entropy, on average. *level n*: the worst seed's. Of level 2 it is row
+coefficients by entropy alone, if anything: with distillation among the attacks he gets most of the task, see below.
 """
 EACH = """
 One by one. A λ that is too weak for a task changes nothing, and there are such rows here: that is why the strength
-follows what merges keep unless it is given. †: of several attacks of this level one alone proved itself, and the level
-adds no more than that one to those below it.
+follows what merges keep unless it is given. ‡: of several attacks of this level one alone proved itself. §: what the
+control gives by an attack that did not prove itself is in the sum, as audits counted then and no longer do: it makes
+the figure too small.
 """
 LABELS = """
 Values of the protected task and the worst own one, (0 the base, 1 the fine-tunes), of each attack's best merge by the
 worse of the two. `repair-n` trains on n labelled examples a class, `distil` on 2,048 unlabelled inputs of the task.
 A thief who trains gets most of the task. Recovered over these attacks: {recovered}.
 """
-UNLABELLED = """Both are of `trap` at a fixed strength: what `harden` does by itself was audited neither with labels nor
-with distillation.
+UNLABELLED = """
+All of these are of `trap` at a fixed strength: what `harden` does by itself was audited neither with labels nor with
+distillation.
 """
 IDEAS = """
 Each idea of `bench/frontier_ideas.py` beside the trap, at one fixed strength. A cell is the protected task's value and
@@ -511,12 +544,12 @@ bring the others near it. *level 3*: recovered by all attacks of the audit, the 
 protected model adds to 16 labels a class; the target, half of the control's, is not reached, and distillation from
 hard answers is as good as ever. `unrolled-4` is below .5 at level 3, in an interval that reaches from less than nothing
 to all: undecided, not refuted. `unrolled-4` and `collapse` take more from merges without data than the trap by itself,
-which is why `collapse` can be had as an objective. `nasty` adds next to nothing to the trap, for its divergence has no
-slope where training begins: its row is the trap's over again, and says nothing of the idea. One seed, 500 test images
-a task: differences below .1 say nothing.
+which is why `collapse` can be had as an objective. `nasty` was not trained in effect: its divergence has no slope where
+training begins, and its row, the trap's over again, says nothing of the idea. One seed, 500 test images a task:
+differences below .1 say nothing.
 """
-# Ideas that did not do what they are for.
-STILL = {"nasty": " (not trained: no slope)"}
+# Ideas that their audit says nothing of.
+NO_OPS = {"nasty": " (a no-op: no slope)"}
 OWNERS = """
 Exposure: the value of the task in fixed simulated merges on held-out examples, which the fine-tune itself may have
 seen in its own training. Rows of one task are to be compared with its `control`, or with *plain*: the same training
@@ -524,10 +557,11 @@ without the objective.
 """
 PRICES = """
 Medians of the trainings of a run on a GPU, beside the plain training of the same model and seed where the run has one.
-`trap` is two simulated merges a step, three forward and backward passes for one: it has neither the best of four draws,
-nor `collapse`, which is a merge more. `mined+collapse` has both, as `harden` has them for images by itself. Where a
-strength follows, looks at held-out examples and the plain training that comes first are in the time. Peak memory as
-torch counts it; time with other processes on the GPU, as many as the runs say.
+`trap` is two simulated merges a step, three forward and backward passes for one: it has neither the best of four draws
+nor `collapse`, a merge more. `mined+collapse` has both, as `harden` has them by itself for images, and half of a batch
+for each of the trap's merges. Where the strength is fixed, there are no looks at held-out examples; where it follows,
+they are in the time, and so is the plain training that comes first. Peak memory as torch counts it; time with other
+processes on the GPU, as many as the runs say.
 """
 EFFECTS = """
 Of {way}. On {slice}; score: accuracy or minus nats a token; ece: expected calibration error; int8: every matrix rounded

@@ -9,8 +9,9 @@ MAYBE = (int, float, type(None))
 VALUES = {"protected": NUMBER, "own": NUMBER, "joint": NUMBER}
 CHOSEN = {"row": (int, type(None)), "value": NUMBER, "own": NUMBER}
 FORM: dict[str, Any] = {
-    "document": TEXT, "version": COUNT, "tool": TEXT, "suite": COUNT, "seed": COUNT, "command": TEXT,
-    "seconds": NUMBER, "machine": dict, "config": dict, "floors": [NUMBER], "notes": [TEXT], "holds": bool,
+    "document": TEXT, "version": COUNT, "tool": TEXT, "suite": COUNT, "rules?": COUNT, "seed": COUNT,
+    "command": TEXT, "seconds": NUMBER, "machine": dict, "config": dict, "floors": [NUMBER],
+    "notes": [TEXT], "holds": bool,
     "models": {
         "*": {"role": TEXT, "path": TEXT, "sha256": TEXT, "parameters": COUNT, "distance": MAYBE,
               "lock": (str, type(None))},

@@ -9,7 +9,7 @@ from typing import Any
 from .. import __version__
 from .rows import LEVELS, Row
 from .scores import FLOORS, Level, Reference
-from .suite import STANDS_ON
+from .suite import RULES, STANDS_ON
 
 DOCUMENT, DOCUMENT_VERSION = "unmergeable.audit", 1
 
@@ -95,6 +95,7 @@ class AuditResult:
             "version": DOCUMENT_VERSION,
             "tool": __version__,
             "suite": self.suite,
+            "rules": RULES,
             "seed": self.seed,
             "command": self.command,
             "seconds": self.seconds,

@@ -23,6 +23,9 @@ from ..errors import UsageError
 from ..merging.learned import GRANULARITIES
 
 SUITE = 1
+# Of what leads from rows to figures: which chains are followed, and which rows count. Figures of other rules are not
+# comparable. 1: until what undoes a lock came first, and attacks that did not prove themselves left the sum.
+RULES = 2
 # What is run first at level 0, and again after every preparation that helps.
 CORE = ("task_arithmetic", "full_dose", "ties")
 # Beam of the chains: how many preparations are followed up, and with how many of the best merges of level 0.
