@@ -23,7 +23,6 @@ from audit_cases import (
     shared_configuration,
 )
 from unmergeable.attacks import proof
-from unmergeable.audit import run as run_module
 from unmergeable.audit import work
 from unmergeable.audit.jobs import Job
 from unmergeable.audit.results import AuditResult
@@ -240,7 +239,7 @@ def test_a_disk_that_fails_leaves_no_half_results(
     def full(source: Any, target: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_module.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(RunError, match=r"results\.json: No space left"):
         audit(configuration(models, attacks=QUICK), tmp_path / "out", cache=shared[0] / "cache")
     assert (tmp_path / "out" / "results.json").read_text() == "earlier"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import thief_cases
-from unmergeable.errors import UsageError
+from merging_models import transformer
+from unmergeable.errors import InputError, UsageError
 from unmergeable.harden import mix as mix_module
 from unmergeable.harden.directions import Directions
 from unmergeable.harden.draws import Draw, Draws
 from unmergeable.harden.lora import LoraWeights
 from unmergeable.harden.mix import Mix, leading
+from unmergeable.harden.owner import Owner
 from unmergeable.harden.wrapper import Hardening
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -157,6 +162,34 @@ def test_passes_in_bfloat16_are_of_merges_in_float32(mix: Mix | None) -> None:
         assert torch.allclose(one, slopes[1][name], atol=0.1 * float(one.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "mix", [None, Mix(0.5, trim=True, elect=True), Mix(0.7, cut=True)], ids=["sum", "ties", "dare_svd"]
+)
+def test_a_base_in_bfloat16(mix: Mix | None, dtype: torch.dtype) -> None:
+    """In a loop without autocast: passes are run in the base's type, whatever the adapter's is."""
+    module, weights = pair()
+    module.to(torch.bfloat16)
+    for one in weights.parameters.values():
+        one.data = one.data.to(dtype)
+    images, labels = thief_cases.pictures(thief_cases.PROTECTED, 8, 5)
+    before = {name: one.detach().clone() for name, one in (weights.base | weights.parameters).items()}
+    direction = Directions([], ("random",), 3).draw(weights.vector())
+    draw = replace(Draw.whole(weights.shapes, 0.7, 0.4), mix=mix)
+    for _ in range(2):  # the second time gradients are added to those that are there
+        with weights.merged(draw, direction):
+            logits = module(pixel_values=images.bfloat16()).logits
+            torch.nn.functional.cross_entropy(logits, labels).backward()
+    for name, one in (weights.base | weights.parameters).items():
+        assert one.dtype == before[name].dtype
+        assert torch.equal(one, before[name])
+    for one in weights.parameters.values():
+        assert one.grad is not None
+        assert one.grad.dtype == dtype
+        assert bool(torch.isfinite(one.grad).all())
+        assert bool(one.grad.any())
+
+
 def test_an_adapter_is_measured_as_it_will_be_written(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -271,6 +304,45 @@ def test_square_layers_that_lie_the_other_way() -> None:
     assert all(torch.equal(found[name], names[name].T) for name in names)
 
 
+def test_a_proxy_that_is_no_other_adapter(tmp_path: Path) -> None:
+    """Of a base in bfloat16, which the update of an adapter does not go into as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    plain: Any = transformer("llama").bfloat16()
+    plain.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    module: Any = get_peft_model(plain, config)
+    for name in ("thief", "new"):  # the B of the new one stays 0
+        module.add_adapter(name, config)
+    for seed, name in enumerate(("default", "thief")):
+        filled(module, name, seed)
+    with torch.no_grad():
+        for name, one in module.named_parameters():
+            if "lora_B" in name:
+                one.mul_(0.01)
+    module.save_pretrained(tmp_path / "all")
+    ids = np.random.default_rng(0).integers(3, 40, 40 * 8)
+    np.savez(tmp_path / "ids.npz", input_ids=ids)
+    fields = {"kind": "language-modelling", "data": str(tmp_path / "ids.npz"), "length": 8}
+
+    def opened(proxy: Path) -> Owner:
+        work = tmp_path / f"work-{proxy.name}"
+        work.mkdir()
+        accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
+        return Owner(tmp_path / "all", tmp_path / "base", fields, [proxy], work, accelerator)
+
+    assert len(opened(tmp_path / "all" / "thief").vectors) == 1
+    same = tmp_path / "same"
+    shutil.copytree(tmp_path / "all", same)
+    for path, text in (
+        (same, "is the fine-tune itself"),
+        (tmp_path / "all" / "new", "adds nothing"),
+        (tmp_path / "base", "adds nothing"),
+    ):
+        with pytest.raises(InputError, match=f"{path.name}: a proxy that {text}"):
+            opened(path)
+
+
 def test_a_training_of_ones_own(tmp_path: Path) -> None:
     """Of an adapter: its base lies below it, and merges of it know less of the task than without hardening."""
     images, labels = thief_cases.pictures(thief_cases.PROTECTED, 96, 1)
@@ -297,3 +369,29 @@ def test_a_training_of_ones_own(tmp_path: Path) -> None:
     assert exposed[2.0] < 0.7 * exposed[0.0]
     with pytest.raises(UsageError, match="has its base in itself"):
         Hardening(module, thief_cases.trained()["base"].state_dict())
+
+
+def test_an_adapter_that_transformers_added() -> None:
+    """Without peft's model around it: it is hardened as the same adapter is within."""
+    from peft import LoraConfig
+
+    images, labels = thief_cases.pictures(thief_cases.PROTECTED, 24, 5)
+    inputs = {"pixel_values": images, "labels": labels, "return_dict": True}
+    wrapped, _ = pair()
+    wrapped.delete_adapter("thief")
+    module: Any = base()
+    module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
+    filled(module, "default", 1)
+    found = []
+    for one in (wrapped, module):
+        hardening = Hardening(one)
+        values = [hardening.backward(inputs) for _ in range(4)]
+        found.append((values, {name: part.grad for name, part in hardening.weights.parameters.items()}))
+    (values, slopes), (others, same) = found
+    assert values == pytest.approx(others)
+    assert slopes.keys() == same.keys()
+    assert all(torch.allclose(slope, same[name]) for name, slope in slopes.items())
+    module.add_adapter(LoraConfig(r=4, target_modules=TARGETS), adapter_name="second")
+    module.set_adapter(["default", "second"])
+    with pytest.raises(InputError, match=r"not one active adapter.*default, second"):
+        Hardening(module)

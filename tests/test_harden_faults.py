@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,15 @@ import torch
 
 import hardened
 import thief_cases
-from hardened import PROTECTED, harden
+from hardened import OWN, PROTECTED, harden
 from unmergeable.errors import ClaimError, InputError, RunError, UsageError
 from unmergeable.harden import owner as owner_module
 from unmergeable.harden import release as release_module
+from unmergeable.harden import run as run_module
 from unmergeable.harden import train as train_module
 from unmergeable.harden.draws import Draw
 from unmergeable.harden.merged import Weights, freeze_statistics, modes_kept
-from unmergeable.harden.objectives import Plain
+from unmergeable.harden.objectives import Collapse, Objective, Plain, Together, Trap
 from unmergeable.harden.owner import KINDS
 from unmergeable.harden.wrapper import Hardening
 from unmergeable.merging.tensors import load_state
@@ -138,6 +140,30 @@ def test_out_of_memory(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "smaller batch" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "needs"),
+    [
+        (owner_module, "Weights", "the models"),  # put on the device with the base
+        (TensorTask, "states", "the held-out examples"),
+        (TensorTask, "logits", "the held-out examples"),  # where tasks wrap whatever a model raises
+        (run_module.Measure, "exposure", "the held-out examples"),
+        (run_module, "search", "a step"),
+    ],
+)
+def test_out_of_memory_outside_of_a_step(
+    place: Any, name: str, needs: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
+
+    monkeypatch.setattr(place, name, full)
+    with pytest.raises(
+        RunError, match=f"^cpu: not enough memory for {needs}, got CUDA out of memory.*GiB\nhint"
+    ):
+        harden(models, tmp_path / "out", steps=5, objective="trap+collapse")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- before anything is trained ------------------------------------------------------------------------------
 
 
@@ -156,6 +182,45 @@ def test_what_is_refused(changes: dict[str, Any], text: str, models: Path, tmp_p
     with pytest.raises((InputError, UsageError), match=text):
         harden(models, tmp_path / "out", **changes)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("objective", ["trap+collapse", Together((Trap(), Together((Collapse(),))))])
+def test_an_objective_without_what_it_learns_from(
+    objective: str | Objective, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told before the plain training, not after it."""
+
+    def none(*_: Any) -> Any:
+        raise InputError("none")
+
+    trained: list[int] = []
+    monkeypatch.setattr(TensorTask, "states", none)
+    with pytest.raises(
+        InputError, match=r"no hidden states, .*got trap\+collapse\nhint: give another objective"
+    ):
+        harden(
+            models, tmp_path / "out", objective=objective, steps=3,
+            progress=lambda done, total, label: trained.append(done),
+        )  # fmt: skip
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("proxy", "text"),
+    [(PROTECTED, "is the fine-tune itself"), ("base", "adds nothing: it is the base itself")],
+)
+def test_a_proxy_that_is_no_other(proxy: str, text: str, models: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(models / proxy, tmp_path / "copy")
+    with pytest.raises(InputError, match=f"copy: a proxy that {text}"):
+        harden(models, tmp_path / "out", proxies=[models / OWN[0], copy])
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_a_proxy_that_is_the_base_in_a_training_of_ones_own() -> None:
+    base = thief_cases.trained()["base"].state_dict()
+    other = thief_cases.trained()[OWN[0]].state_dict()
+    with pytest.raises(InputError, match=r"^proxies\[1\]: a proxy that adds nothing"):
+        Hardening(thief_cases.trained()[PROTECTED], base, proxies=[other, base])
 
 
 def test_what_cannot_be_written_is_not_trained(
@@ -183,6 +248,39 @@ def test_data_that_is_held_out_may_be_named(models: Path, tmp_path: Path) -> Non
     fields = {"train": {"data": str(tmp_path / "train.npz")}, "limit": 20}
     with pytest.raises(InputError, match="too few examples to measure on"):
         harden(models, tmp_path / "no", fields=fields, **given)
+
+
+def test_other_examples_to_train_on_are_another_training(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "SAVE", 5)
+    rest = dict(np.load(models / f"{PROTECTED}-train.npz"))
+
+    def write(count: int) -> None:
+        np.savez(tmp_path / "train.npz", images=rest["images"][:count], labels=rest["labels"][:count])
+
+    def seen(at: int) -> list[int]:
+        """Steps that are taken until it is killed."""
+        steps: list[int] = []
+
+        def run(progress: Callable[[int, int, str], None]) -> None:
+            def told(done: int, total: int, label: str) -> None:
+                steps.append(done)
+                progress(done, total, label)
+
+            fields = {"train": {"data": str(tmp_path / "train.npz")}}
+            harden(models, tmp_path / "out", fields=fields, steps=9, batch=8, strength=0.1, progress=told)
+
+        hardened.killed(run, at)
+        return steps
+
+    write(100)
+    assert seen(at=7) == [1, 2, 3, 4, 5, 6, 7]
+    assert seen(at=1) == [6]
+    write(99)
+    assert seen(at=7) == [1, 2, 3, 4, 5, 6, 7]
+    monkeypatch.setattr(run_module, "__version__", "0.0")
+    assert seen(at=1) == [1]
 
 
 # --- passes --------------------------------------------------------------------------------------------------

@@ -215,6 +215,15 @@ def test_no_more_is_lost_than_was_allowed(models: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.usefixtures("short")
+def test_what_few_held_out_examples_cannot_tell_is_said(models: Path, tmp_path: Path) -> None:
+    """Of 72 one is 1.4 points: it is no loss of less, nor more than 1.4."""
+    given = {"steps": 4, "rate": 1e-6}
+    for name, max_loss, said in (("finer", 0.5, True), ("coarser", 1.5, False)):
+        report = harden(models, tmp_path / name, max_loss=max_loss, **given)
+        assert any("72 examples are held out, one of them is 1.4 points" in n for n in report.notes) == said
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two strengths, and few merges to look at."""

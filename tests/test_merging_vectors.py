@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import unmergeable as um
 from merging_models import transformer, triple
 from unmergeable.errors import InputError
+from unmergeable.merging.tensors import load_state
 from unmergeable.merging.vectors import (
     apply_vector,
     cosines,
@@ -90,6 +92,42 @@ def test_an_adapter_is_what_peft_makes_of_it(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=1e-5)
         changed += not torch.equal(base[name], tensor)
     assert changed >= len(load_adapter(tmp_path / "adapter", base).deltas) >= 1
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert", "llama"])
+def test_an_adapter_of_a_class_that_saves_by_other_names(kind: str, tmp_path: Path) -> None:
+    """transformers 5 calls tensors of a ViT otherwise in memory, where adapters are made, than in its files."""
+    peft = pytest.importorskip("peft")
+    model: Any = transformer(kind)
+    model.save_pretrained(tmp_path / "base")
+    base = load_state(tmp_path / "base")
+    targets = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)][:3]
+    heads = ["classifier"] if kind != "llama" else None
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=targets, modules_to_save=heads)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
+    want = load_state(tmp_path / "whole")
+    got = load_model(tmp_path / "adapter", base, folder=tmp_path / "base")
+    adapted_names = load_adapter(tmp_path / "adapter", base, tmp_path / "base").deltas
+    assert len(adapted_names) == len(targets)
+    assert got.keys() == want.keys() == base.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=1e-5)
+    if kind == "vit":
+        with pytest.raises(InputError, match="3 problems"):
+            load_model(tmp_path / "adapter", base)
+    um.merge(
+        [tmp_path / "adapter"],
+        tmp_path / "half",
+        base=tmp_path / "base",
+        method="task_arithmetic",
+        weights=[0.5],
+    )
+    merged = load_state(tmp_path / "half")
+    for name in adapted_names:
+        torch.testing.assert_close(merged[name], (base[name] + want[name]) / 2, atol=1e-6, rtol=1e-5)
 
 
 def test_adapters_that_do_not_fit_are_refused_with_all_their_modules(tmp_path: Path) -> None:

@@ -95,6 +95,40 @@ def load_module(path: str | os.PathLike[str], *, device: torch.device | str = "c
     return module
 
 
+def saved_names(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a class calls its tensors in memory, and what its checkpoints call them, where those are the same tensors.
+
+    Classes that transformers 5 renamed are saved by their earlier names; adapters are saved by the names in memory.
+    No weights are read.
+
+    Args:
+        path: a checkpoint's folder.
+
+    Returns: {name in memory: name in the files}; empty where transformers is not there, or has no such class.
+    """
+    try:
+        import torch
+        import transformers
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {}
+    config = load_json(Path(path) / "config.json")
+    found = model_class(config)
+    if found is None:
+        return {}
+    with quiet(), torch.device("meta"):
+        try:
+            settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            model = found(settings)
+            held = model.state_dict()
+            saved = revert_weight_conversion(model, dict(held))
+        except Exception:  # a class may refuse a configuration in any way; then nothing is known of its names
+            return {}
+    # What is cut or put together on the way is another tensor.
+    known = {id(tensor): name for name, tensor in held.items()}
+    return {known[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in known}
+
+
 def module_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a module's state dict by name, each once: of tied ones the first name.
 

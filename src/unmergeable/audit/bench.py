@@ -102,7 +102,7 @@ class Bench:
         folded = self.work / "adapters" / hashlib.sha256(str(path).encode()).hexdigest()[:16]
         if not folded.exists():
             folded.parent.mkdir(parents=True, exist_ok=True)
-            once(folded, lambda: write_merged(folded, load_model(path, load_state(base)), base))
+            once(folded, lambda: write_merged(folded, load_model(path, load_state(base), folder=base), base))
         return folded
 
     def _load(self) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from .. import __version__
 from ..attacks.prepare import COLLUSIONS, one_by_one
-from ..errors import InputError, RunError, UsageError
+from ..checkpoint import replacing
+from ..errors import InputError, UsageError
 from .bench import Bench, enough_memory, pick_workers
 from .config import RELEASE, make_config, read_config
 from .control import controlled, doubt, full_dose_grid, grounds, required, untried
@@ -90,8 +91,10 @@ def run_audit(
         again += "" if budget is None else f" --budget {budget:g}"
     result = _result(known, rows, left_out, require or {}, time.monotonic() - started, again, folder)
     document = result.as_dict()
-    _write(folder / "results.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
-    _write(folder / "report.html", render(document))
+    results = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    for name, text in (("results.json", results), ("report.html", render(document))):
+        with replacing(folder / name) as file:
+            file.write(text.encode())
     return result
 
 
@@ -253,13 +256,3 @@ def _result(
         seconds=seconds,
         files=(str(folder / "report.html"), str(folder / "results.json")),
     )  # fmt: skip
-
-
-def _write(path: Path, text: str) -> None:
-    """A result; it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(error.strerror or str(error), where=path) from error

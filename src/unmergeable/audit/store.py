@@ -6,16 +6,15 @@ One file a row, an npz without pickles: a JSON text, and the scores of its point
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from ..errors import InputError, RunError
+from ..checkpoint import replacing
+from ..errors import InputError
 from .rows import LEVELS, SIDES, Cost, Floats, Look, Point, Row, State
 
 # Part of every key: raise it when an attack or a score changes what a row would hold.
@@ -64,15 +63,8 @@ class Store:
             for task, scores in getattr(point, half).items()
         }
         text = json.dumps(_document(row)).encode()
-        buffer = io.BytesIO()
-        np.savez(buffer, row=np.frombuffer(text, np.uint8), **arrays)
-        temporary = self.folder / f".{key}.{os.getpid()}"
-        try:
-            temporary.write_bytes(buffer.getvalue())
-            os.replace(temporary, self.folder / f"{key}.npz")
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RunError(error.strerror or str(error), where=self.folder) from error
+        with replacing(self.folder / f"{key}.npz") as file:
+            np.savez(file, row=np.frombuffer(text, np.uint8), **arrays)
 
 
 def _document(row: Row) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .numeric import bits_dtype, is_float, to_bits, to_float32, to_float64
 from .pipeline import Component, Pipeline, components, is_pipeline, open_pipeline
 from .read import Checkpoint, open_checkpoint
 from .staging import StagedFile, Staging, rename_noreplace, sweep
-from .write import ShardWriter, check_destination, copy_file, copy_side_files, write_file
+from .write import ShardWriter, check_destination, copy_file, copy_side_files, replacing, write_file
 
 __all__ = [
     "BITS",
@@ -38,6 +38,7 @@ __all__ = [
     "open_pipeline",
     "read_header",
     "rename_noreplace",
+    "replacing",
     "sweep",
     "to_bits",
     "to_float32",

@@ -139,7 +139,8 @@ def harden(
 
     Raises:
         UsageError: options that make no sense.
-        InputError: models or data that do not fit each other, a fine-tune that is no better than its base.
+        InputError: models or data that do not fit each other, a fine-tune that is no better than its base, a proxy
+            that is one of the two, a model without hidden states for an objective that learns from them.
         ClaimError: no strength keeps within `max_loss`; without it, training took more than half of what the
             fine-tune has over its base.
         RunError: not enough memory, or training that diverges. Nothing is left at DST in any of these cases.

@@ -51,17 +51,20 @@ def accelerating(device: str, precision: str) -> Iterator[Accelerator]:
 
 
 @contextmanager
-def memory(device: torch.device) -> Iterator[None]:
-    """A device that is full says so in our words."""
+def memory(device: torch.device, needs: str, hint: str) -> Iterator[None]:
+    """A device that is full says so in our words: what needs the memory, and what helps.
+
+    Raises:
+        RunError: it is full. Tasks wrap whatever a model raises: what is behind that counts.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            "not enough memory for a step",
-            where=str(device),
-            got=str(error).partition("\n")[0][:200],
-            hint="give a smaller batch, gradient checkpointing, or bf16; the same command goes on from its checkpoint",
-        ) from error
+    except (torch.OutOfMemoryError, RunError) as error:
+        full = error.__cause__ if isinstance(error, RunError) else error
+        if not isinstance(full, torch.OutOfMemoryError):
+            raise
+        said = str(full).partition("\n")[0][:200]
+        raise RunError(f"not enough memory for {needs}", where=str(device), got=said, hint=hint) from error
 
 
 def checkpoint_activations(module: torch.nn.Module) -> None:

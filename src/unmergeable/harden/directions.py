@@ -7,7 +7,7 @@ which keeps the singular values of every matrix as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..merging import State
 
 KINDS = ("random", "spectrum")
-SAME = 0.01  # of its norm: two task vectors that are apart by no more are one, whatever file they were read from
+SAME = 0.01  # of a task vector's norm: what is apart by no more is the same, in whatever dtype it was saved
 
 
 def check_made(made: Sequence[str]) -> None:
@@ -33,24 +33,28 @@ def check_made(made: Sequence[str]) -> None:
 
 
 def check_proxy(place: object, vector: State, own: State | None = None) -> None:
-    """Refuse what stands in for no thief's fine-tune: the base, which adds nothing, or the owner's over again.
+    """Refuse what stands in for no thief's fine-tune: the base, or the owner's over again.
 
     Args:
         place: where the proxy is from, for messages.
-        vector: what it adds to the base. own: what the fine-tune adds, by some of the same names; None if that is not
+        vector: what it adds to the base. own: what the fine-tune adds, by some of these names; None if that is not
             known yet.
 
     Raises:
         InputError: it is one of the two.
     """
+    least = 0.0 if own is None else SAME**2 * _square(own.values())
     hint = "leave it out, or give another fine-tune of the base"
-    if not any(bool(one.any()) for one in vector.values()):
-        raise InputError("a proxy that adds nothing to the base: it is the base itself", where=place, hint=hint)
-    if own is None:
-        return
-    apart = sum(float((vector[name] - one).square().sum()) for name, one in own.items())
-    if apart <= SAME**2 * sum(float(one.square().sum()) for one in own.values()):
-        raise InputError("a proxy that is the fine-tune itself, which merges have anyway", where=place, hint=hint)
+    if _square(vector.values()) <= least:
+        raise InputError("a proxy that adds nothing: it is the base itself", where=place, hint=hint)
+    if own is not None and _square(vector[name] - one for name, one in own.items()) <= least:
+        raise InputError(
+            "a proxy that is the fine-tune itself, of which merges are made", where=place, hint=hint
+        )
+
+
+def _square(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(float(one.square().sum()) for one in tensors)
 
 
 class Directions:

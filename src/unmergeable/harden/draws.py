@@ -1,8 +1,8 @@
 """Simulated merges: how much of a fine-tune, and of something else, is in every tensor of what a thief might make.
 
-base + own ∘ (fine-tune − base) + other ∘ direction, with a coefficient for the whole model, for every block, for
-every kind of tensor, or for every row. Merges of whole models leave block substitution open: what is to resist it
-has to be trained against it.
+base + own ∘ (fine-tune − base) + other · direction, with coefficients for the whole model, for every block, or for
+every kind of tensor; for rows, own is one a row and other one for all. Merges of whole models leave block
+substitution open: what is to resist it has to be trained against it.
 """
 
 from __future__ import annotations

@@ -247,7 +247,9 @@ def _active(module: Any) -> str:
     if len(names) != 1:
         got = ", ".join(names) or "none"
         what = "not one active adapter"
-        raise InputError(what, where=type(module).__name__, expected="one", got=got, hint="choose by set_adapter")
+        raise InputError(
+            what, where=type(module).__name__, expected="one", got=got, hint="choose by set_adapter"
+        )
     return str(names[0])
 
 

@@ -123,15 +123,18 @@ class Owner:
             )
 
     def _check_proxies(self, models: Sequence[Path]) -> None:
-        """Of adapters by their factors, where there are: folded into a base in bfloat16, an update is not what it was.
+        """None is the base, or the fine-tune.
 
         Raises:
-            InputError: one of them is the base, or the fine-tune.
+            InputError: one is.
         """
-        own = self.weights.vector() if models else {}
-        factors = {name: one for name, one in own.items() if name not in self.weights.shapes}
+        own, names = self.weights.vector() if models else {}, self.weights.shapes.keys()
+        factors = {name: own.pop(name) for name in own.keys() - names}
         for path, vector in zip(models, self.vectors, strict=True):
-            check_proxy(path, vector, factors if factors and factors.keys() <= vector.keys() else own)
+            check_proxy(path, {name: vector[name] for name in names}, own)
+            # Folded into a base in bfloat16, the same adapter's update is not what it was; its factors are.
+            if factors and factors.keys() <= vector.keys():
+                check_proxy(path, vector, factors)
 
     def _state(self, path: Path, like: State) -> dict[str, torch.Tensor]:
         """A model by the names that its class has in memory, as the fine-tune's."""
@@ -177,7 +180,7 @@ def _folded(path: Path, base: Path, work: Path) -> Path:
         return path
     folder, state = work / f"adapter-{len(list(work.iterdir()))}", load_state(base)
     # Without what it has saved whole, a head of its own: that is none of a merge's.
-    write_merged(folder, apply_vector(state, TaskVector(load_adapter(path, state).deltas)), base)
+    write_merged(folder, apply_vector(state, TaskVector(load_adapter(path, state, base).deltas)), base)
     return folder
 
 

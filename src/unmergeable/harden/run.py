@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import __version__
 from ..audit.init import kind_of
 from ..audit.separation import check_separation, separation
 from ..checkpoint import check_destination, open_checkpoint
@@ -26,7 +27,7 @@ from .device import PRECISIONS, accelerating, checkpoint_activations, memory
 from .directions import check_made
 from .journal import Trial
 from .measure import Measure
-from .objectives import Objective
+from .objectives import Objective, needs_states
 from .objectives import objective as objective_of
 from .owner import KINDS, Owner
 from .release import clear, write
@@ -35,6 +36,7 @@ from .train import Settings
 
 if TYPE_CHECKING:
     from ..keys import Key
+    from ..tasks.task import TensorTask
 
 # By kind of task: what a training is, unless it is asked for otherwise.
 DEFAULTS = {
@@ -49,6 +51,8 @@ SUFFIX = ".hardening"
 # Of the task, that simulated merges may keep on average; text models give away more at as much.
 MAY, MAY_TEXT = 0.1, 0.02
 SAID = 1.0  # point, or per cent, of loss that is worth a note
+# What helps where a step does not fit a device.
+STEP = "give a smaller batch, gradient checkpointing, or bf16; the same command goes on from its checkpoint"
 
 
 def run_harden(
@@ -123,18 +127,24 @@ def run_harden(
         accelerating(device, precision) as accelerator,
         tempfile.TemporaryDirectory(prefix="unmergeable-harden-") as work,
     ):
-        owner = Owner(source, Path(base), written, [Path(path) for path in proxies], Path(work), accelerator)
+        with memory(accelerator.device, "the models", "free the device, or train on another one"):
+            owner = Owner(
+                source, Path(base), written, [Path(path) for path in proxies], Path(work), accelerator
+            )
         if checkpointing:
             checkpoint_activations(owner.module)
         # A training must not fail at its end: what it begins with is written, and locked, for once.
         write(owner, source, Path(work) / "tried", Path(work), lock)
         shutil.rmtree(Path(work) / "tried")
-        if named is None and not _has_states(owner):
-            chosen = objective_of("trap")
-        measure = Measure(owner, settings.made)
-        check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
-        exposed = measure.exposure()
-        with memory(owner.device):
+        with memory(owner.device, "the held-out examples", "give the task a smaller batch: --set batch=N"):
+            if needs_states(chosen) and not _has_states(owner):
+                if named is not None:
+                    raise _stateless(source, chosen)
+                chosen = objective_of("trap")
+            measure = Measure(owner, settings.made)
+            check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
+            exposed = measure.exposure()
+        with memory(owner.device, "a step", STEP):
             trials, taken, state, plain = search(
                 owner, chosen, settings, accelerator, measure, max_loss, beside is not None, steps is None, folder,
                 progress,
@@ -173,7 +183,7 @@ def run_harden(
         examples={"training": len(owner.training), "held": len(owner.task)},
         seconds=time.monotonic() - began,
         device=str(owner.device),
-        notes=tuple(_notes(taken, settings, owner.task.metric, measure.before, alone)),
+        notes=tuple(_notes(taken, settings, owner.task, measure.before, alone, max_loss)),
     )
 
 
@@ -191,6 +201,15 @@ def _has_states(owner: Owner) -> bool:
     except InputError:
         return False
     return True
+
+
+def _stateless(source: Path, objective: Objective) -> InputError:
+    return InputError(
+        "the model gives no hidden states, which the objective learns from",
+        where=source,
+        got=objective.name,
+        hint="give another objective: trap learns from answers alone",
+    )
 
 
 def _check_beside(source: Path, target: Path, control: Path) -> None:
@@ -224,10 +243,27 @@ def _named(**values: float | None) -> dict[str, float]:
 
 
 def _notes(
-    taken: Trial, settings: Settings, metric: str, before: float, plain: float | None
+    taken: Trial,
+    settings: Settings,
+    task: TensorTask,
+    before: float,
+    plain: float | None,
+    max_loss: float | None,
 ) -> Iterator[str]:
     """What the owner should know before he takes the result for a protection."""
-    unit = "points of accuracy" if metric == "accuracy" else "% of the cross-entropy"
+    unit = "points of accuracy" if task.metric == "accuracy" else "% of the cross-entropy"
+    each = 100 / len(task)
+    # Texts have a token's accuracy each: there an example is no step of the score.
+    if (
+        max_loss is not None
+        and task.metric == "accuracy"
+        and task.evaluation.labels.ndim == 1
+        and each > max_loss
+    ):
+        yield (
+            f"{len(task)} examples are held out, one of them is {each:.2g} points: they cannot tell whether a loss is "
+            f"within {max_loss:g}; more data tells more, most of all with other examples to train on (train)"
+        )
     if taken.loss > SAID:
         itself = "" if plain is None else f" (plain training alone: {lost(before, plain):.2f})"
         answers = (
@@ -323,11 +359,14 @@ def _digest(
 ) -> str:
     """Names a training by what it is of, so that none goes on from another's checkpoint."""
     stamps = []
-    for path in (expert, base, fields["data"], *proxies):
+    train = fields.get("train")
+    trained = [train["data"]] if isinstance(train, Mapping) and "data" in train else []
+    for path in (expert, base, fields["data"], *trained, *proxies):
         place = Path(str(path))
         files = sorted(place.rglob("*")) if place.is_dir() else [place]
         stamps += [[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
     facts = [
+        __version__,
         str(expert),
         str(base),
         fields,

@@ -7,7 +7,6 @@ with half the rate. Both are of weights that a whole pass was finite at.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint import replacing
 from ..errors import InputError, RunError
 from .directions import Directions
 from .fidelity import Fidelity
@@ -306,11 +306,14 @@ class _Run:
 
 
 def save_whole(path: Path, state: Mapping[str, Any]) -> None:
-    """A file for torch.load, whole or not at all; its folder is made."""
+    """A file for torch.load, whole or not at all; its folder is made.
+
+    Raises:
+        RunError: the disk is full or fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(dict(state), temporary)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        torch.save(dict(state), file)
 
 
 def _copied(value: Any) -> Any:

@@ -86,7 +86,8 @@ class Hardening:
         device = next(iter(self.weights.parameters.values())).device
         vectors = [_vector(model, self.weights, proxy) for proxy in proxies]
         for number, (proxy, vector) in enumerate(zip(proxies, vectors, strict=True)):
-            check_proxy(f"proxies[{number}]" if isinstance(proxy, Mapping) else proxy, vector)
+            added = {name: vector[name] for name in self.weights.shapes}
+            check_proxy(f"proxies[{number}]" if isinstance(proxy, Mapping) else proxy, added)
         texts = _is_language_model(model) if next_token is None else next_token
         self.draws = Draws(self.weights.shapes, seed + 1, self.weights.adapts, texts)
         self.directions = Directions(vectors, made, seed + 2, device)
@@ -202,7 +203,8 @@ def _uneven(config: Any, inputs: Mapping[str, Any]) -> bool:
     texts = inputs.get("input_ids")
     if texts is None:
         return False
-    counts = ((texts == getattr(config, name)).sum(1) for name in PLACES if hasattr(config, name))
+    tokens = {getattr(config, name, None) for name in PLACES} - {None}
+    counts = [(texts == token).sum(1) for token in tokens]
     return any(bool((count != count[0]).any()) for count in counts)
 
 

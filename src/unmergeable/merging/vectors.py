@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ..checkpoint import bits_dtype, read_header
 from ..checkpoint.files import load_json, open_regular, read_into
 from ..checkpoint.problems import Problems
 from ..errors import InputError
+from ..stock import saved_names
 from .tensors import from_bits, load_state, rename_like, split
 
 if TYPE_CHECKING:
@@ -107,9 +109,16 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def load_model(
-    path: str | os.PathLike[str], base: State | None = None, *, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    base: State | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    folder: str | os.PathLike[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """A model to merge: a checkpoint, under the base's names, or an adapter applied to the base.
+
+    Args:
+        path: of either. base: its tensors. device: where they are put. folder: as for `load_adapter`.
 
     Raises:
         InputError: not a checkpoint or adapter; an adapter without a base, or of another one.
@@ -117,12 +126,14 @@ def load_model(
     if is_adapter(path):
         if base is None:
             raise InputError("an adapter needs its base", where=path, hint="give --base")
-        return apply_vector(base, load_adapter(path, base))
+        return apply_vector(base, load_adapter(path, base, folder))
     state = load_state(path, device=device)
     return state if base is None else rename_like(base, state)[0]
 
 
-def load_adapter(path: str | os.PathLike[str], base: State) -> TaskVector:
+def load_adapter(
+    path: str | os.PathLike[str], base: State, folder: str | os.PathLike[str] | None = None
+) -> TaskVector:
     """The task vector of a LoRA adapter: scale · B · A for every module that it targets.
 
     Ranks are read from the tensors; alpha from the configuration and its patterns, per module, over r or, with
@@ -132,17 +143,18 @@ def load_adapter(path: str | os.PathLike[str], base: State) -> TaskVector:
     Args:
         path: a folder with adapter_config.json and adapter_model.safetensors.
         base: the model that it was trained on: names, shapes, and values for DoRA.
+        folder: the base's, whose class may call its tensors otherwise in memory than in its files.
 
     Raises:
         InputError: another kind of adapter, or modules that the base does not have, all of them at once.
     """
-    folder = Path(path)
-    config = load_json(folder / CONFIG)
+    config = load_json(Path(path) / CONFIG)
     kind = str(config.get("peft_type", "LORA")).upper()
     if kind != "LORA":
         raise InputError("only LoRA adapters have a task vector here", where=path, expected="LORA", got=kind)
-    tensors = {name.removeprefix(PREFIX): value for name, value in _read(folder / WEIGHTS).items()}
+    tensors = {name.removeprefix(PREFIX): value for name, value in _read(Path(path) / WEIGHTS).items()}
     _check_added(config, tensors, path)
+    names = _Names(base, folder)
     problems = Problems(path)
     deltas: dict[str, torch.Tensor] = {}
     replaced: dict[str, torch.Tensor] = {}
@@ -151,10 +163,10 @@ def load_adapter(path: str | os.PathLike[str], base: State) -> TaskVector:
             end = next((end for end in _PAIRS if name.endswith(end)), None)
             if end is not None:
                 module = name.removesuffix(end)
-                target = _resolve(f"{module}.weight", base)
+                target = names.resolve(f"{module}.weight")
                 deltas[target] = _delta(module, end, tensors, config, base[target])
             elif not name.endswith((*_PAIRS.values(), _MAGNITUDE)):
-                _other(name, tensors[name], base, replaced)
+                _other(name, tensors[name], names, replaced)
     problems.raise_any()
     if not deltas:
         raise InputError("the adapter holds no LoRA matrices", where=path)
@@ -183,27 +195,47 @@ def _check_added(config: Mapping[str, Any], names: Iterable[str], path: object) 
         raise InputError("the adapter trains the embeddings of some tokens alone", where=path, got=rows)
 
 
-def _other(name: str, tensor: torch.Tensor, base: State, replaced: dict[str, torch.Tensor]) -> None:
+def _other(name: str, tensor: torch.Tensor, names: _Names, replaced: dict[str, torch.Tensor]) -> None:
     """A bias that was trained too, or a tensor of a module that was saved whole."""
     if "lora_" in name:
         raise InputError("a part of LoRA that is not known here", where=name)
     name = re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)(?=\.)", "", name)
     with suppress(InputError):  # not the base's: new with this adapter, the head of its task
-        name = _resolve(name, base)
+        name = names.resolve(name)
     replaced[name] = tensor
 
 
-def _resolve(name: str, base: State) -> str:
-    """The base's name of a tensor: the same, or the only one that ends in it or that it ends in."""
-    if name in base:
-        return name
-    near = [known for known in base if known.endswith("." + name) or name.endswith("." + known)]
-    if len(near) != 1:
-        got = ", ".join(near[:3]) or None
-        raise InputError(
-            "the base has no such tensor", where=name, got=got, hint="is this the adapter's base?"
-        )
-    return near[0]
+class _Names:
+    """The base's names for those of an adapter."""
+
+    def __init__(self, base: State, folder: str | os.PathLike[str] | None) -> None:
+        self._base, self._folder = base, folder
+
+    def resolve(self, name: str) -> str:
+        """The same, or the only one that ends in it or that it ends in; else by what its class calls it in memory.
+
+        Raises:
+            InputError: there is none, or not one alone.
+        """
+        near = _near(name, self._base)
+        if not near:
+            near = [saved for held in _near(name, self._held) if (saved := self._held[held]) in self._base]
+        if len(near) != 1:
+            got = ", ".join(near[:3]) or None
+            hint = "is this the adapter's base?"
+            raise InputError("the base has no such tensor", where=name, got=got, hint=hint)
+        return near[0]
+
+    @cached_property
+    def _held(self) -> Mapping[str, str]:
+        return {} if self._folder is None else saved_names(self._folder)
+
+
+def _near(name: str, known: Iterable[str]) -> list[str]:
+    names = list(known)
+    if name in names:
+        return [name]
+    return [one for one in names if one.endswith("." + name) or name.endswith("." + one)]
 
 
 def lora_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:

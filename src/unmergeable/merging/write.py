@@ -139,14 +139,16 @@ def merge_checkpoints(
     origin: State = load_state(base if base is not None else models[0])
     read: dict[str, State] = {}
     if base is not None and chosen is not None:
-        read[chosen] = load_model(names[chosen], origin)
+        read[chosen] = load_model(names[chosen], origin, folder=base)
         origin = _widened(origin, read[chosen])
     # An adapter in a base of few bits would be rounded before it is merged.
     exact = _in_float32(origin) if any(map(is_adapter, models)) else origin
     states: dict[str, State] = {}
     for name, path in names.items():
         tell(len(states), steps, str(path))
-        states[name] = read[name] if name in read else load_model(path, exact if is_adapter(path) else origin)
+        if name not in read:
+            read[name] = load_model(path, exact if is_adapter(path) else origin, folder=base)
+        states[name] = read[name]
     settings = dict(options or {})
     if base is None and known is not None and known.base == "optional":
         settings.setdefault("with_base", False)
