@@ -11,6 +11,7 @@ import torch
 
 from audits import Setting, embedded, images, texts
 from unmergeable.harden.objectives import Collapse, Objective, Together, Trap
+from unmergeable.harden.run import MAY
 from unmergeable.stock import load_module
 from unmergeable.tasks import open_task
 from unmergeable.tasks.task import Examples, TensorTask
@@ -85,6 +86,9 @@ BARS = (
     Variant("mined+collapse", "trap+collapse"),
     Variant("kept", options=ANSWERS),
     Variant("kept+collapse", "trap+collapse", ANSWERS),
+    # What others train with, in the same loop: see `unmergeable.harden.objectives`.
+    Variant("trap2", "trap2", {"may": MAY}),
+    Variant("repel", "repel", {"may": MAY}),
 )
 # Of the bars, unless --ways says others: what did best on one seed of the measuring zoo.
 WAYS = {"embedded": ("mined", "mined+collapse"), "images": ("mined+collapse",)}
