@@ -367,8 +367,8 @@ CLOCKS = """
 From nothing, not a row known: `python bench/audits.py -d NEW --zoo PATH --only NAME --top 1 --timed`.
 """
 OLDER = """
-† of earlier rules: measured before what undoes a lock was tried ahead of what damages the model, and before attacks
-that did not prove themselves left the sum. Both made a lock look better.
+† of earlier rules: measured before what undoes a lock was tried ahead of what damages the model, and while attacks
+that did not prove themselves counted as others do. Both made a lock look better.
 """
 EARLIER = """
 ## Earlier measurements once more

@@ -106,8 +106,22 @@ def test_neither_is_the_control_of_an_attack_that_did_not_prove_itself() -> None
     rows = controlled([*DOSE, *weak], known)
     assert [one.state for one in rows] == ["done", "done", "unreliable", "unreliable"]
     assert look([*DOSE, *weak], known).recovered < 0.5
-    assert look(rows, known).recovered == pytest.approx(look(DOSE, known).recovered) == pytest.approx(0.5)
-    assert curve(rows, known, "plain") == curve(DOSE, known, "plain")
-    # What it gets from the protected model is no less in a thief's hands.
-    lucky = replace(rows[3], points=row("slerp", "protected", (0.6, 0.8)).points)
-    assert look([*rows[:3], lucky], known).recovered == pytest.approx(1.0)
+    found = look(rows, known)
+    assert found.proven
+    assert found.recovered == pytest.approx(look(DOSE, known).recovered) == pytest.approx(0.5)
+    assert found.notes == [
+        "not counted on any side: attacks that did not prove themselves, with which less would be recovered"
+    ]
+    assert curve(rows, known, "plain", proven=True) == curve(DOSE, known, "plain")
+    # What it gets from the protected model is no less in a thief's hands, and then counts on both sides.
+    lucky = replace(rows[3], points=row("slerp", "protected", (0.9, 0.8)).points)
+    level = look([*rows[:3], lucky], known)
+    assert not level.proven
+    assert level.recovered > 1.0
+    # As good on both sides, it is no gain either.
+    even = replace(rows[3], points=rows[2].points)
+    full = [DOSE[0], replace(DOSE[0], side="protected")]
+    assert look([*full, rows[2], even], known).recovered == pytest.approx(1.0)
+    # Nothing that proved itself gives anything: what did not is no ground to judge on.
+    nothing = [row("full_dose", "plain", (0.0, 0.8)), row("full_dose", "protected", (0.0, 0.8))]
+    assert look([*nothing, rows[2], rows[3]], known).reason is not None

@@ -243,7 +243,9 @@ def _result(
         models=known.models,
         tasks=known.tasks,
         standalone=known.standalone,
-        curve={side: curve(rows, reference, side) for side in ("protected", "plain")},
+        curve={
+            side: curve(rows, reference, side, proven=levels[-1].proven) for side in ("protected", "plain")
+        },
         grid=full_dose_grid(rows),
         left_out=[
             {"attack": job.label.rpartition(", ")[0], "level": job.level, "side": job.side,

@@ -115,6 +115,7 @@ class Level:
         joint: by side, the best min(value, own).
         reason: why nothing can be said; None if it can.
         left_out: attacks that failed on the protected model alone, and are counted on no side.
+        proven: whether those that did not prove themselves are counted on no side either.
         stands_on: rows that the figure stands on: the best one of each level up to this one.
     """
 
@@ -127,12 +128,20 @@ class Level:
     reason: str | None = None
     left_out: tuple[str, ...] = ()
     stands_on: tuple[int, ...] = ()
+    proven: bool = False
 
     @property
     def notes(self) -> list[str]:
         """What else is to be known of the figures, in words."""
-        said = f"not counted on any side, for they failed on the protected model: {', '.join(self.left_out)}"
-        return [said] if self.left_out else []
+        said = []
+        if self.left_out:
+            names = ", ".join(self.left_out)
+            said.append(f"not counted on any side, for they failed on the protected model: {names}")
+        if self.proven:
+            said.append(
+                "not counted on any side: attacks that did not prove themselves, with which less would be recovered"
+            )
+        return said
 
     @property
     def protection(self) -> float:
@@ -184,13 +193,30 @@ def judge(
 ) -> Level:
     """What thieves at a level of access get.
 
+    An attack that did not prove itself is no evidence: where it works on the unprotected model alone, that is no
+    protection, and where it works on the protected one, a thief has what it gives. So they are counted on both sides
+    or on neither, whichever shows less protection.
+
     Args:
         rows: of the whole audit; those of higher levels are left out.
         reference: what values are relative to.
         level: of access.
         seed, resamples: of the bootstrap.
     """
-    without, names = uneven(rows, level)
+    found = _judged(rows, reference, level, seed, resamples, proven=False)
+    if not any(
+        row.points for number, row in enumerate(rows) if row.level <= level and row.state == "unreliable"
+    ):
+        return found
+    proven = _judged(rows, reference, level, seed, resamples, proven=True)
+    less = proven.reason is not None or found.reason is not None or proven.recovered > found.recovered
+    return proven if less else found
+
+
+def _judged(
+    rows: Sequence[Row], reference: Reference, level: int, seed: int, resamples: int, *, proven: bool
+) -> Level:
+    without, names = _uncounted(rows, level, proven)
     pools = {side: _pool(rows, reference, level, side, without) for side in SIDES}
     floors = tuple(
         Floor(asked, floor, _chosen(pools, reference, floor))
@@ -209,7 +235,8 @@ def judge(
             "there is nothing that could be recovered"
         )
     if reason is not None:
-        return Level(level, floors, np.nan, (np.nan, np.nan), gains, joint, reason, names)
+        nothing = (np.nan, np.nan)
+        return Level(level, floors, np.nan, nothing, gains, joint, reason, names, proven=proven)
     locked, plain = _bootstrap(pools, reference, seed, resamples)
     edge = 100 * (1 - COVERAGE) / 2
     least = float(np.percentile(plain, edge, method="lower")) if len(plain) else 0.0
@@ -218,27 +245,32 @@ def judge(
             f"what merges of the unprotected model give beyond merges without it (Σ G {gains['plain']:.2f}, 95 % "
             f"interval from {least:.2f}) cannot be told from nothing: more examples may tell"
         )
-        return Level(level, floors, np.nan, (np.nan, np.nan), gains, joint, reason, names)
+        nothing = (np.nan, np.nan)
+        return Level(level, floors, np.nan, nothing, gains, joint, reason, names, proven=proven)
     with np.errstate(divide="ignore", invalid="ignore"):
         # Where the unprotected model gives nothing and the protected one something, all is recovered and more.
         drawn = np.where(plain > 0, locked / plain, np.where(locked > 0, np.inf, np.nan))
     low, high = np.nanpercentile(drawn, [edge, 100 - edge])
     recovered = gains["protected"] / gains["plain"]
-    return Level(level, floors, recovered, (float(low), float(high)), gains, joint, None, names)
+    interval = float(low), float(high)
+    return Level(level, floors, recovered, interval, gains, joint, None, names, proven=proven)
+
+
+def _uncounted(rows: Sequence[Row], level: int, proven: bool) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Rows that count on no side, by their place, and the names of those of attacks that an error stopped."""
+    without, names = uneven(rows, level)
+    if proven:
+        without |= {number for number, row in enumerate(rows) if row.state == "unreliable"}
+    return without, names
 
 
 def _pool(
     rows: Sequence[Row], reference: Reference, level: int, side: Side, without: Collection[int] = ()
 ) -> list[_Candidate]:
-    """Everything to choose from on a side, but for the rows at the places `without`.
-
-    What an attack that did not prove itself gets from the unprotected model does not count: where it fails on the
-    protected one as well, that is no protection. What it gets from the protected model a thief has all the same.
-    """
+    """Everything to choose from on a side, but for the rows at the places `without`."""
     found = []
     for number, row in enumerate(rows):
-        unproven = side == "plain" and row.state == "unreliable"
-        if row.side == side and row.level <= level and number not in without and not unproven:
+        if row.side == side and row.level <= level and number not in without:
             for point in row.points:
                 found.append(_Candidate(number, point, *reference.pair("validation", point.validation)))
     return found
@@ -328,13 +360,15 @@ def _bootstrap(
     return sums["protected"][known_all], sums["plain"][known_all]
 
 
-def curve(rows: Sequence[Row], reference: Reference, side: Side) -> list[tuple[float, float]]:
+def curve(
+    rows: Sequence[Row], reference: Reference, side: Side, *, proven: bool = False
+) -> list[tuple[float, float]]:
     """What a thief gets for what he spends: (forward passes, mean G over the floors), test examples.
 
-    At each cost the union of all attacks that cost no more, as `judge` chooses.
+    At each cost the union of all attacks that cost no more, as `judge` chooses; `proven` as of a level.
     """
     levels = max(LEVELS)
-    taken_out, _ = uneven(rows, levels)
+    taken_out, _ = _uncounted(rows, levels, proven)
     rows = [row for number, row in enumerate(rows) if number not in taken_out]
     prices = sorted({row.cost.forwards for row in rows if row.points and row.side in (side, "without")})
     found: list[tuple[float, float]] = []

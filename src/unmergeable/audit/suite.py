@@ -24,7 +24,8 @@ from ..merging.learned import GRANULARITIES
 
 SUITE = 1
 # Of what leads from rows to figures: which chains are followed, and which rows count. Figures of other rules are not
-# comparable. 1: until what undoes a lock came first, and attacks that did not prove themselves left the sum.
+# comparable. 2: what undoes a lock comes first, and attacks that did not prove themselves count where that shows less
+# protection alone.
 RULES = 2
 # What is run first at level 0, and again after every preparation that helps.
 CORE = ("task_arithmetic", "full_dose", "ties")
