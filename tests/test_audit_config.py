@@ -192,7 +192,7 @@ def test_attacks_devices_and_missing_examples_are_told_with_the_rest(folder: Pat
     del wrong["tasks"]["fashion"]["train"]
     found = problems(folder, wrong)
     assert found[0] == "base: no such model, got bass"
-    assert re.fullmatch("attacks: the suite has no such attack, expected .*ties.*, got tie", found[1])
+    assert re.fullmatch("attacks: the suite has no such attacks, expected .*ties.*, got tie", found[1])
     assert re.match("warp: the device cannot be used, got .*warp", found[2])
     assert found[3].startswith(
         "tasks.fashion.train: no examples for a thief to learn from, expected data that"

@@ -143,12 +143,14 @@ def test_refused_and_unreliable_rows_are_in_the_results(models: Path, tmp_path: 
         attacks=["task_arithmetic", "mergekit:passthrough", "regmean", "coefficients-model-labels"],
         levels=[0, 2, 3],
     )
-    (tmp_path / "hook.py").write_text(
-        "def score(model, indices):\n"
-        "    return [float(model.vit.layernorm.bias.sum()) + number for number in indices]\n"
-    )
+    biases = {name: float(module.vit.layernorm.bias.sum()) for name, module in thief_cases.trained().items()}
     for task in OWN:
-        fields["tasks"][task] = {"kind": "python", "function": f"{tmp_path}/hook.py:score", "examples": 40}
+        sign = 1 if biases[task] > biases["base"] else -1
+        (tmp_path / f"{task}.py").write_text(
+            "def score(model, indices):\n"
+            f"    return [{sign} * float(model.vit.layernorm.bias.sum()) for _ in indices]\n"
+        )
+        fields["tasks"][task] = {"kind": "python", "function": f"{tmp_path}/{task}.py:score", "examples": 40}
     result = audit(fields, tmp_path / "out", require={2: 0.0, 3: 0.0})
     rows = {(row.attack, row.side): row for row in result.rows}
     passed = rows["mergekit:passthrough", "protected"]
@@ -215,9 +217,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], said: str, models: 
 
 
 def test_attacks_that_the_suite_does_not_have(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"config: attacks: the suite has no such attack, .*got magic(?s:.)*got tie"
-    ):
+    with pytest.raises(InputError, match=r"attacks: the suite has no such attacks, .*got magic, tie"):
         audit(configuration(models, attacks=["ties", "magic", "tie"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -240,7 +240,7 @@ def test_a_disk_that_fails_leaves_no_half_results(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(RunError, match=r"results\.json: No space left"):
+    with pytest.raises(RunError, match=r"results\.json: no space left"):
         audit(configuration(models, attacks=QUICK), tmp_path / "out", cache=shared[0] / "cache")
     assert (tmp_path / "out" / "results.json").read_text() == "earlier"
 

@@ -184,9 +184,9 @@ def _check_attacks(config: Config, problems: Problems) -> None:
     from .suite import names
 
     known = names()
-    for name in config.fields.attacks or ():
-        if name not in known:
-            problems.add("the suite has no such attack", where="attacks", expected=", ".join(known), got=name)
+    if unknown := [name for name in config.fields.attacks or () if name not in known]:
+        expected, got = ", ".join(known), ", ".join(unknown)
+        problems.add("the suite has no such attacks", where="attacks", expected=expected, got=got)
     with problems.collect():
         pick_device(config.fields.device)
     taught = ", ".join(str(level) for level in config.levels if level in LEVELS and level >= TAUGHT)
