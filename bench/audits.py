@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, help="minutes an audit; what does not fit is left out, and said"
     )
-    parser.add_argument("--timed", action="store_true", help="keep how long it takes; WORK must be new")
+    parser.add_argument("--timed", action="store_true", help="keep how long the first one takes; WORK must be new")
     parser.add_argument("--tables", action="store_true", help="run nothing, write the document")
     parser.add_argument("--docs", type=Path, help="document to write")
     parser.add_argument("--readme", type=Path, help="document whose table of audits is written")
@@ -299,7 +299,7 @@ def main() -> None:
         shares = ", ".join(f"level {one.level}: {one.recovered:.3f}" for one in result.levels)
         if args.timed:
             clock(case, result, args.workers)
-            continue
+            break  # the next one would find rows that it shares with this one
         keep(case, folder / "results.json", {str(args.work): "WORK", str(args.zoo): "ZOO"})
         print(f"{case.name}: {shares} ({time.monotonic() - began:.0f} s)", flush=True)
     earlier = KEPT / "zoo-tables.json"
