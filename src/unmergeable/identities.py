@@ -8,9 +8,10 @@ first, by signatures that no inner order changes; then the tables must agree cel
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 
 import numpy as np
@@ -286,10 +287,8 @@ class Component:
         # Every order is as good a proof as any other. Where the one that all tables find together fails, what was
         # changed at one site may have led it astray: then that of a single site fails at fewer.
         best: list[Finding] | None = None
-        for guide in (None, *self.sites):
+        for guide in chain((None,), self._guides(source)):
             aligned = self._align(source, target, guide)
-            if aligned is None:
-                continue
             apart = [errors(one.cells, moved) for one, moved in zip(judged, aligned, strict=True)]
             if steps is not None:
                 apart = [
@@ -354,16 +353,21 @@ class Component:
             and (table.site == number or bool(self.tensors(number) & table.tensors))
         )
 
+    def _guides(self, source: Sequence[Table]) -> Iterator[int]:
+        """Sites whose tables alone give an order that others' tables are in as well."""
+        for number in self.sites:
+            orders = ([one.site for one in source if self._orders(other, one)] for other in self.permuters)
+            if any(0 < owners.count(number) < len(owners) for owners in orders):
+                yield number
+
     def _align(
         self, source: Sequence[Table], target: Sequence[Table], guide: int | None = None
-    ) -> list[Cells] | None:
+    ) -> list[Cells]:
         """The target's tables with heads, experts and rows in the order of the source's.
 
-        By the tables of one site where it has any that a permuting site orders, if `guide` names it; None if that
-        is the order of all tables again.
+        By the tables of one site where it has any that a permuting site orders, if `guide` names it.
         """
         out = [table.cells for table in target]
-        guided = False
         for position in reversed(range(len(self.permuters))):
             number = self.permuters[position]
             site = self.match.sites[number].site
@@ -378,7 +382,6 @@ class Component:
             if not moved:
                 continue
             seen = [k for k in moved if source[k].site == guide]
-            guided = guided or 0 < len(seen) < len(moved)
             pairs = []
             for k in seen or moved:
                 inner = [
@@ -390,7 +393,7 @@ class Component:
             perm = find_order(pairs, site.per, site.acts)
             for k in moved:
                 out[k] = reorder(out[k], site.per, site.acts, perm)
-        return out if guided or guide is None else None
+        return out
 
 
 def _failures(findings: Sequence[Finding]) -> int:

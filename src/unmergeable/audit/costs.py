@@ -25,10 +25,8 @@ def in_full(rows: Sequence[Row]) -> list[Row]:
 
 def _in_full(row: Row, known: Known) -> Cost:
     cost = replace(row.cost, seconds=row.cost.seconds + _preparing(row, known))
-    searches = {
-        (*one_by_one(start["prepared"]), start["attack"]): None for start in row.facts.get("starts", ())
-    }
-    for chain in searches:
+    starts = row.facts.get("starts", ())
+    for chain in dict.fromkeys((*one_by_one(start["prepared"]), start["attack"]) for start in starts):
         if (found := known.get((row.side, chain))) is not None:
             before = _in_full(found, known)
             cost = replace(

@@ -25,10 +25,7 @@ from .jobs import Job, Waves
 from .known import Known, prepare
 from .results import AuditResult
 from .rows import Row
-from .scores import (
-    curve,
-    judge,
-)
+from .scores import curve, judge
 from .store import Store, row_key
 from .suite import SUITE
 from .work import Pool, one_thread

@@ -231,11 +231,10 @@ class _Names:
         return {} if self._folder is None else saved_names(self._folder)
 
 
-def _near(name: str, known: Iterable[str]) -> list[str]:
-    names = list(known)
-    if name in names:
+def _near(name: str, known: Mapping[str, object]) -> list[str]:
+    if name in known:
         return [name]
-    return [one for one in names if one.endswith("." + name) or name.endswith("." + one)]
+    return [one for one in known if one.endswith("." + name) or name.endswith("." + one)]
 
 
 def lora_scale(module: str, rank: int, config: Mapping[str, Any]) -> float:

@@ -146,9 +146,8 @@ def merge_checkpoints(
     states: dict[str, State] = {}
     for name, path in names.items():
         tell(len(states), steps, str(path))
-        if name not in read:
-            read[name] = load_model(path, exact if is_adapter(path) else origin, folder=base)
-        states[name] = read[name]
+        like_base = exact if is_adapter(path) else origin
+        states[name] = read[name] if name in read else load_model(path, like_base, folder=base)
     settings = dict(options or {})
     if base is None and known is not None and known.base == "optional":
         settings.setdefault("with_base", False)
