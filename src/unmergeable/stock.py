@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.files import load_json
-from .errors import InputError
+from .errors import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -145,3 +145,22 @@ def base_prefix(module: torch.nn.Module) -> str:
     """What the names of the body's tensors begin with, where the class has a head on a body; else empty."""
     prefix = getattr(module, "base_model_prefix", "")
     return f"{prefix}." if prefix and hasattr(module, prefix) else ""
+
+
+@contextmanager
+def memory(device: object, needs: str, hint: str) -> Iterator[None]:
+    """A device that is full says so in our words: what needs the memory, and what helps.
+
+    Raises:
+        RunError: it is full. Tasks wrap whatever a model raises: what is behind that counts.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, RunError) as error:
+        full = error.__cause__ if isinstance(error, RunError) else error
+        if not isinstance(full, torch.OutOfMemoryError):
+            raise
+        said = str(full).partition("\n")[0][:200]
+        raise RunError(f"not enough memory for {needs}", where=str(device), got=said, hint=hint) from error

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -326,20 +325,6 @@ def _numbers(path: Path) -> int:
     """Parameters of a checkpoint, as its header says."""
     with open_checkpoint(path) as source:
         return sum(prod(info.shape) for info in source.tensors.values())
-
-
-@contextmanager
-def enough_memory(device: str) -> Iterator[None]:
-    """A device that is full says so in our words: what models take beside their weights is not estimated."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            "not enough memory for this audit",
-            where=device,
-            got=str(error).partition("\n")[0][:200],
-            hint="give fewer --workers, a smaller `batch:` to the tasks, or audit on a larger device",
-        ) from error
 
 
 def pick_workers(config: Config, workers: int | None) -> int:

@@ -17,7 +17,8 @@ from .. import __version__
 from ..attacks.prepare import COLLUSIONS, one_by_one
 from ..checkpoint import replacing
 from ..errors import InputError, UsageError
-from .bench import Bench, enough_memory, pick_workers
+from ..stock import memory
+from .bench import Bench, pick_workers
 from .config import RELEASE, make_config, read_config
 from .control import controlled, doubt, full_dose_grid, grounds, required, untried
 from .costs import in_full
@@ -31,6 +32,8 @@ from .suite import SUITE
 from .work import Pool, one_thread
 
 Progress = Callable[[int, int, str], None]
+# What helps where a device is full: what models take beside their weights is not estimated.
+FULL = "give fewer --workers, a smaller `batch:` to the tasks, or audit on a larger device"
 
 
 def run_audit(
@@ -67,7 +70,7 @@ def run_audit(
     # What is made of models on the way is this run's alone: another one may hold other models of these names.
     with (
         one_thread(),
-        enough_memory(chosen.fields.device),
+        memory(chosen.fields.device, "this audit", FULL),
         tempfile.TemporaryDirectory(prefix="unmergeable-audit-") as work,
     ):
         bench = Bench(chosen, Path(work))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..errors import RunError, UsageError
+from ..errors import UsageError
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -48,23 +48,6 @@ def accelerating(device: str, precision: str) -> Iterator[Accelerator]:
     finally:
         if ours:
             AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@contextmanager
-def memory(device: torch.device, needs: str, hint: str) -> Iterator[None]:
-    """A device that is full says so in our words: what needs the memory, and what helps.
-
-    Raises:
-        RunError: it is full. Tasks wrap whatever a model raises: what is behind that counts.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, RunError) as error:
-        full = error.__cause__ if isinstance(error, RunError) else error
-        if not isinstance(full, torch.OutOfMemoryError):
-            raise
-        said = str(full).partition("\n")[0][:200]
-        raise RunError(f"not enough memory for {needs}", where=str(device), got=said, hint=hint) from error
 
 
 def checkpoint_activations(module: torch.nn.Module) -> None:

@@ -22,8 +22,9 @@ from ..checkpoint import check_destination, open_checkpoint
 from ..checkpoint.files import load_json
 from ..errors import ClaimError, InputError, UsageError
 from ..merging.vectors import is_adapter
+from ..stock import memory
 from . import HardenReport, Progress
-from .device import PRECISIONS, accelerating, checkpoint_activations, memory
+from .device import PRECISIONS, accelerating, checkpoint_activations
 from .directions import check_made
 from .journal import Trial
 from .measure import Measure
