@@ -1,0 +1,80 @@
+"""What docs/results.md says between the tables of hardening."""
+
+from __future__ import annotations
+
+HEAD = """
+## Hardening
+
+What `harden` makes of the same fine-tunes, judged by audits with models and data that hardening never saw; the
+unprotected model is a control that was trained plainly for as many steps on the same data. `python bench/harden.py`
+and `python bench/harden_effects.py` made what is kept in `bench/harden`; this section is written from it. Runs:
+"""
+BARS = """
+*level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. *recipe*: steps
+× batch, and the rate. `trap` and `trap+collapse`: the objectives without a thief who chooses among blocks; `mined` and
+`mined+collapse`: with him; `kept` and `kept+collapse`: these with `--labels 0`, beside a control that is trained on
+labels all the same.
+"""
+DEFAULT = """
+By itself `harden` has the objective of `mined+collapse` for images, with the recipe {images}, and that of `mined` for
+text, with {texts}. Audits of both, objective and recipe: {found}.{other}
+"""
+OTHER_RECIPE = """
+None is of the measuring ViT (`images`): its bars are of longer trainings, or of another objective.
+"""
+ROTATION = """
+Who is protected from whom. Hardening sees the owner's stand-in, never the thief's own:
+"""
+TRIED = """
+What every audit ran, {how} the whole suite: by level, the attacks that proved themselves by working on the control;
+those that did not, whose failure says nothing; and those of `ATTACKS` in `bench/harden_cases.py` that were not run.
+Numbers are seeds.
+"""
+SUMMARY = """
+Several seeds together, 1,000 test images a task, of `embedded` 500. *aim*: whether the score alone lost at most .3
+points of accuracy, or per cent of the cross-entropy, on average. *level n*: the worst seed's. Of level 2 it is row
+coefficients by entropy alone, if anything: with distillation among the attacks he gets most of the task, see below.
+"""
+EACH = """
+One by one. A λ that is too weak for a task changes nothing, and there are such rows here: that is why the strength
+follows what merges keep unless it is given. ‡: of several attacks of this level one alone proved itself. §: what the
+control gives by an attack that did not prove itself is in the sum, as audits counted then and no longer do: it makes
+the figure too small.
+"""
+LABELS = """
+Values of the protected task and the worst own one, (0 the base, 1 the fine-tunes), of each attack's best merge by the
+worse of the two. `repair-n` trains on n labelled examples a class, `distil` on 2,048 unlabelled inputs of the task.
+A thief who trains gets most of the task. Recovered over these attacks: {recovered}.
+"""
+UNLABELLED = """
+All of these are of `trap` at a fixed strength: what `harden` does by itself was audited neither with labels nor with
+distillation.
+"""
+IDEAS = """
+Each idea of `bench/frontier_ideas.py` beside the trap, at one fixed strength. A cell is the protected task's value and
+the worst own one. What a thief has from labels without the protected model is in the first row: an idea would have to
+bring the others near it. *level 3*: recovered by all attacks of the audit, the target was .5. *gain*: what the
+protected model adds to 16 labels a class; the target, half of the control's, is not reached, and distillation from
+hard answers is as good as ever. `unrolled-4` is below .5 at level 3, in an interval that reaches from less than nothing
+to all: undecided, not refuted. `unrolled-4` and `collapse` take more from merges without data than the trap by itself,
+which is why `collapse` can be had as an objective. `nasty` was not trained in effect: its divergence has no slope where
+training begins, and its row, the trap's over again, says nothing of the idea. One seed, 500 test images a task:
+differences below .1 say nothing.
+"""
+OWNERS = """
+Exposure: the value of the task in fixed simulated merges on held-out examples, which the fine-tune itself may have
+seen in its own training. Rows of one task are to be compared with its `control`, or with *plain*: the same training
+without the objective.
+"""
+PRICES = """
+Medians of the trainings of a run on a GPU, beside the plain training of the same model and seed where the run has one.
+`trap` is two simulated merges a step, three forward and backward passes for one: it has neither the best of four draws
+nor `collapse`, a merge more. `mined+collapse` has both, as `harden` has them by itself for images, and half of a batch
+for each of the trap's merges. Where the strength is fixed, there are no looks at held-out examples; where it follows,
+they are in the time, and so is the plain training that comes first. Peak memory as torch counts it; time with other
+processes on the GPU, as many as the runs say.
+"""
+EFFECTS = """
+Of {way}. On {slice}; score: accuracy or minus nats a token; ece: expected calibration error; int8: every matrix rounded
+to 255 levels, one scale a row. *further*: the score after a licensed user's own plain training from the model.
+"""
