@@ -148,6 +148,7 @@ def texts(root: Path, family: str, tasks: Sequence[str]) -> Setting:
     fields = {
         task: {
             "kind": "language-modelling", "data": str(root / "text-test.npz"), "field": task, "limit": 64,
+            "batch": 8,  # a fifth faster on a CPU than 64: logits stay in its caches
             "train": {"data": str(root / "text-train.npz"), "field": task},
         }
         for task in tasks
@@ -278,7 +279,9 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, help="minutes an audit; what does not fit is left out, and said"
     )
-    parser.add_argument("--timed", action="store_true", help="keep how long the first one takes; WORK must be new")
+    parser.add_argument(
+        "--timed", action="store_true", help="keep how long the first one takes; WORK must be new"
+    )
     parser.add_argument("--tables", action="store_true", help="run nothing, write the document")
     parser.add_argument("--docs", type=Path, help="document to write")
     parser.add_argument("--readme", type=Path, help="document whose table of audits is written")

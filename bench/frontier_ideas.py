@@ -82,18 +82,16 @@ class Apart:
 
 
 @dataclass
-class Nasty:
-    """Answers must differ from those of the fine-tune as it was, but for the right one: a bad teacher.
+class Decoy:
+    """Soft answers say the opposite of what is known: chances of wrong classes in reverse order, the right one's kept.
 
-    Nasty Teacher (arXiv 2105.07381): minus the Kullback-Leibler divergence at a temperature, bounded here. As it stands
-    it is a no-op: the divergence from itself has no slope where training begins, and what it was measured at is the
-    trap's. (There the answers differ from those of another network, trained by itself.)
+    A student of them learns that unlike classes are alike; who takes the first answer sees no difference. A bad
+    teacher, as Nasty Teacher (arXiv 2105.07381) wants one, with answers to learn instead of some to be far from.
     """
 
     temperature: float = 4.0
-    most: float = 2.0
-    name = "nasty"
-    source = "Nasty Teacher, arXiv 2105.07381"
+    name = "decoy"
+    source = "false dark knowledge; after Nasty Teacher, arXiv 2105.07381"
     _start: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def add(self, step: Step, strength: float) -> float:
@@ -103,10 +101,9 @@ class Nasty:
         itself = Draw.whole(step.weights.shapes, 0.0, 1.0)
         with torch.no_grad(), step.weights.merged(itself, self._start):
             before = step.task.logits(step.call, step.batch).float() / self.temperature
+            wanted = reversed_chances(before.softmax(-1), step.batch.labels)
         after = step.task.logits(step.call, step.batch).float() / self.temperature
-        chances = before.softmax(-1)
-        apart = (chances * (before.log_softmax(-1) - after.log_softmax(-1))).sum(-1).mean()
-        loss = torch.relu(self.most - apart)
+        loss = -(wanted * after.log_softmax(-1)).sum(-1).mean() * self.temperature**2
         step.backward(strength * loss)
         return float(loss.detach())
 
@@ -155,6 +152,15 @@ def gram(state: torch.Tensor) -> torch.Tensor:
     return found / found.norm().clamp(min=1e-6)
 
 
+def reversed_chances(chances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(n, classes), the label's chance as it is and those of all others from the other end of their order."""
+    own = torch.nn.functional.one_hot(labels, chances.shape[-1]).bool()
+    values, order = chances.masked_fill(own, -1.0).sort(-1)  # the label's comes first
+    back = torch.cat([values[:, :1], values[:, 1:].flip(-1)], -1)
+    found = torch.empty_like(chances).scatter(-1, order, back)
+    return torch.where(own, chances, found)
+
+
 # By name: an idea, and its factor beside the trap.
 IDEAS: dict[str, tuple[Objective, float]] = {
     "unrolled-4": (Unrolled(4, 1e-3), 2.0),
@@ -162,7 +168,7 @@ IDEAS: dict[str, tuple[Objective, float]] = {
     "overshoot": (Unrolled(1, 5e-3), 2.0),
     "collapse": (Collapse(), 1.0),
     "apart": (Apart(), 5.0),
-    "nasty": (Nasty(), 0.2),
+    "decoy": (Decoy(), 1.0),
     "sharp": (Sharp(), 2.0),
 }
 

@@ -7,9 +7,9 @@
 Groups: `bars`, each task protected in turn, against a control that is trained plainly for the same steps on the same
 data, which is the audit's unprotected model; `strengths`, fixed strengths of the trap; `directions`, without another
 fine-tune of the owner's, or with it alone; `ideas`, those of bench/frontier_ideas.py against labels and distillation;
-`peft`, merges of adapters by peft's own methods. One of the other fine-tunes is the owner's stand-in, the rest are the
-thief's. The weights that are judged are read again from disk. With --keep, what was found is kept in bench/harden;
-bench/audits.py writes its tables.
+`locked`, the bars once more with an exact lock on top; `peft`, merges of adapters by peft's own methods. One of the
+other fine-tunes is the owner's stand-in, the rest are the thief's. The weights that are judged are read again from
+disk. With --keep, what was found is kept in bench/harden; bench/audits.py writes its tables.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ import torch
 
 import frontier_ideas
 import unmergeable as um
+from audits import locked
 from harden_cases import (
     ANSWERS,
     ATTACKS,
     BARS,
     CONTROL,
     DIRECTIONS,
+    LOCKED,
     RECIPES,
     SIMPLE,
     TRAINED,
@@ -51,7 +53,7 @@ from unmergeable.audit.bench import pick_device
 from unmergeable.harden.objectives import Objective
 
 KEPT = Path(__file__).parent / "harden"
-GROUPS = ("bars", "strengths", "directions", "ideas", "peft")
+GROUPS = ("bars", "locked", "strengths", "directions", "ideas", "peft")
 STRENGTHS = (0.08, 0.3, 1.0)
 IDEAS_ON = ("embedded-fashion",)
 
@@ -117,7 +119,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
 
     def bars(case: Case) -> list[Variant]:
         named = args.ways or WAYS.get(case.family, ("trap",))
-        return [one for one in BARS if "bars" in args.groups and one.name in named]
+        return [one for one in BARS if {"bars", "locked"} & set(args.groups) and one.name in named]
 
     def train(rank: float, case: Case, variant: Variant, seed: int) -> str:
         after = ()
@@ -135,11 +137,21 @@ def planned(args: argparse.Namespace) -> list[Job]:
         return plan(rank, Job(f"{case.name}-{seed}-{variant.name}", harden, own, after))
 
     def judge(
-        rank: float, case: Case, variant: Variant, seed: int, attacks: list[str], top: int, *after: str
-    ) -> str:
+        rank: float, case: Case, variant: Variant, seed: int, attacks: list[str], top: int, *after: str,
+        lock: bool = False,
+    ) -> str:  # fmt: skip
         pair = (train(rank, case, CONTROL, seed), train(rank, case, variant, seed))
-        own = {"case": case, "variant": variant, "seed": seed, "attacks": attacks, "top": top, **place}
-        return plan(rank, Job(f"{pair[1]}-audit-{top}", audit, own, (*pair, *after)))
+        own = {
+            "case": case,
+            "variant": variant,
+            "seed": seed,
+            "attacks": attacks,
+            "top": top,
+            "lock": lock,
+            **place,
+        }
+        name = f"{pair[1]}{'-locked' * lock}-audit-{top}"
+        return plan(rank, Job(name, audit, own, (*pair, *after)))
 
     for seed in args.seeds:
         for case in chosen:
@@ -149,7 +161,10 @@ def planned(args: argparse.Namespace) -> list[Job]:
                 case.protected in ("fashion", "fmnist", "c") and case.family != "lora",
             )
             for way in bars(case):
-                judge(rank, case, way, seed, args.attacks, args.top)
+                if "bars" in args.groups:
+                    judge(rank, case, way, seed, args.attacks, args.top)
+                if "locked" in args.groups:
+                    judge(rank + 0.1, case, way, seed, args.attacks, args.top, lock=True)
             if "peft" in args.groups and case.family == "lora":
                 sides = (train(rank, case, CONTROL, seed), train(rank, case, TRAP, seed))
                 plan(
@@ -228,16 +243,27 @@ def harden(
 
 
 def audit(
-    case: Case, variant: Variant, seed: int, attacks: list[str], top: int, zoo: Path, work: Path, device: str
+    case: Case,
+    variant: Variant,
+    seed: int,
+    attacks: list[str],
+    top: int,
+    lock: bool,
+    zoo: Path,
+    work: Path,
+    device: str,
 ) -> dict[str, Any]:
-    """An audit of a hardened model against its control; draws and subsets are not those of training."""
+    """An audit of a hardened model or its lock, against its control; draws and subsets are not those of training."""
     quick()
     _, models, setting = paths(case, zoo, work)
+    released = work / f"{case.name}-{seed}-{variant.name}"
+    if lock:
+        released = locked(released, work / "locks", "exact", seed, {"method": "exact"})
     config = {
         "version": 1,
         "base": str(setting.base),
         "protected": {
-            "model": str(work / f"{case.name}-{seed}-{variant.name}"),
+            "model": str(released),
             "plain": str(work / f"{case.name}-{seed}-{CONTROL.name}"),
             "task": case.protected,
         },
@@ -248,12 +274,13 @@ def audit(
         "device": device,
         **({} if attacks == ["all"] else {"attacks": attacks}),
     }
-    folder = work / f"audit-{case.name}-{seed}-{variant.name}-{top}"
+    way = variant.name + LOCKED * lock
+    folder = work / f"audit-{case.name}-{seed}-{way}-{top}"
     found = um.audit(config, folder, workers=1, cache=work / "cache").as_dict()
     shares = ", ".join(f"{one['level']}: {one['recovered']:.3f} {one['interval']}" for one in found["levels"])
     alone = found["standalone"]
     return {
-        "kind": "audit", "case": case.name, "seed": seed, "variant": variant.name, "slice": setting.slice,
+        "kind": "audit", "case": case.name, "seed": seed, "variant": way, "slice": setting.slice,
         "whole": attacks == ["all"], "found": brief(found),
         "said": f"alone {alone['protected']:.4f} against {alone['plain']:.4f}; {shares}; {found['seconds']:.0f} s",
     }  # fmt: skip

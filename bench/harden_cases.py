@@ -40,6 +40,8 @@ TRAINED = (
     "full_dose", "substitute-blocks", "repair-4", "repair-16", "distil-soft-1-own", "distil-hard-own",
     "distil-features-own",
 )  # fmt: skip
+# After the name of a way whose models are locked on top.
+LOCKED = ", locked"
 RANK, ADAPTER_STEPS, ADAPTER_RATE = 16, 900, 2e-3
 SHUFFLED_STEPS = 200
 

@@ -379,8 +379,10 @@ def _audits(records: Iterable[Any], *tops: int) -> list[Any]:
 
 
 def _key(record: Record) -> tuple[Any, ...]:
-    """Which model a training or an audit is of."""
-    return tuple(record[name] for name in ("source", "case", "seed", "variant"))
+    """Which model a training or an audit is of; a lock of it is none of its own."""
+    from harden_cases import LOCKED
+
+    return (*(record[name] for name in ("source", "case", "seed")), record["variant"].removesuffix(LOCKED))
 
 
 def _trainings(records: Iterable[Any]) -> dict[tuple[Any, ...], Any]:

@@ -23,6 +23,7 @@ from unmergeable.audit import single
 from unmergeable.audit.explore import Explorer
 from unmergeable.audit.finalists import finalists
 from unmergeable.audit.rows import Look
+from unmergeable.audit.suite import merge_attacks
 from unmergeable.audit.work import one_thread
 from unmergeable.errors import InputError, UsageError
 from unmergeable.merging.tensors import load_state
@@ -107,8 +108,9 @@ def test_what_is_written_scores_what_the_report_says(
         near = 0.05 if name == "wide" else 1e-9
         assert measured(scene, tmp_path / "out", half) == pytest.approx(said, abs=near)
     assert min(values["validation"].values()) > 0.4
-    assert document["budget"]["forward_passes"] > 0
-    assert (document["budget"]["examples"] > 0) == (attack.access >= 2)
+    assert document["budget"] == attack.budget
+    assert document["spent"]["forward_passes"] > 0
+    assert (document["spent"]["examples"] > 0) == (attack.access >= 2)
     before, after = load_state(folder / f"{PROTECTED}-exact"), load_state(tmp_path / "out")
     assert (before.keys() == after.keys()) == (name != "wide")  # that has the names of its class in memory
     assert torch.equal(before["classifier.weight"], after["classifier.weight"])
@@ -126,6 +128,14 @@ def test_what_is_written_scores_what_the_report_says(
             json.loads((path / "config.json").read_text()) for path in (folder / PROTECTED, tmp_path / "out")
         ]
         assert config[0] == config[1]
+
+
+def test_every_attack_of_the_suite_declares_a_budget() -> None:
+    for name, attack in merge_attacks().items():
+        assert attack.budget.keys() <= {"merges", "moves", "examples", "steps"}, name
+        assert all(number > 0 for number in attack.budget.values()), name
+        assert len(attack.budget.keys() & {"merges", "moves"}) == 1, name
+        assert ("examples" in attack.budget) == (attack.access >= 2), name
 
 
 def test_the_same_seed_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
@@ -215,6 +225,17 @@ def test_an_attack_that_does_not_apply_is_refused_with_its_reason(
     monkeypatch.setattr("unmergeable.attacks.wide.WideModel", refuse)
     with pytest.raises(InputError, match="no list of blocks"):
         um.attack("wide", folder / PROTECTED, tmp_path / "out", audit=folder / "audit.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_called_a_merge_and_is_none_is_not_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coefficients that stay at nothing leave the base."""
+    monkeypatch.setattr(coefficients, "STARTS", ((0.0, 0.0),))
+    monkeypatch.setattr(coefficients, "RATE", 0.0)
+    with pytest.raises(InputError, match=r"not a merge.*copied from one input, mostly from base"):
+        um.attack("coefficients", folder / PROTECTED, tmp_path / "out", audit=folder / "audit.yaml")
     assert not list(tmp_path.iterdir())
 
 

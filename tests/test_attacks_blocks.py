@@ -12,7 +12,7 @@ import torch
 
 import thief_cases
 from merging_models import State, body
-from unmergeable.attacks.blocks import ALL, MOVES, WEIGHTS, Blocks, named
+from unmergeable.attacks.blocks import ALL, WEIGHTS, Blocks, named
 from unmergeable.attacks.merges import off_the_shelf
 from unmergeable.attacks.thief import Subject, Thief
 from unmergeable.audit.work import one_thread
@@ -77,7 +77,7 @@ def test_a_planted_block_is_found(planted: list[str]) -> None:
     Blocks().explore(thief, look)
     assert look.options == {"taken": dict.fromkeys(planted, ALL), "others": 0.8}
     assert look.best > -1e-9
-    assert look.looks <= len(seeds(grid)) * len(WEIGHTS) + MOVES
+    assert look.looks <= len(seeds(grid)) * len(WEIGHTS) + Blocks.budget["moves"]
 
 
 def test_a_planted_kind_in_a_block_is_found() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from merging_models import State, triple
-from thief_cases import same
+from thief_cases import same, within_budget
 from unmergeable.attacks.merges import PARTNER, PROBE_MERGE, Coefficients, Method, off_the_shelf
 from unmergeable.attacks.thief import Subject, Thief, all_of
 from unmergeable.audit.work import one_thread
@@ -122,6 +122,7 @@ def test_every_merge_is_made_once_more_from_its_options(side: str, own: int) -> 
             continue
         attack.explore(one, seen)
         assert seen.found, name
+        within_budget(attack, one, len(seen.found))
         texts = [json.dumps(options) for options, _ in seen.found]
         assert len(set(texts)) == len(texts), name
         for place in {0, len(texts) - 1}:

@@ -151,7 +151,9 @@ class Scene:
     def look(self, attack: MergeAttack, thief: Thief) -> Explorer:
         """What an attack looks at."""
         explorer = Explorer(self.bench, self.reference)
+        fresh = not (thief.bill.inputs or thief.bill.labelled)
         attack.explore(thief, explorer)
+        within_budget(attack, thief, len(explorer.looks), fresh)
         return explorer
 
     def values(self, subject: Any, half: str = "test") -> tuple[float, float]:
@@ -162,6 +164,17 @@ class Scene:
         """Options and merge of the best look; the merge if it was kept, else None."""
         (first, *_) = finalists(explorer.looks, self.reference.floors, least=1)
         return explorer.looks[first].options, explorer.kept.get(first)
+
+
+def within_budget(attack: MergeAttack, thief: Thief, looks: int, fresh: bool = True) -> None:
+    """What an attack took is no more than it declares; `fresh` thieves had spent nothing before."""
+    budget = attack.budget
+    if "merges" in budget:
+        assert looks <= budget["merges"] * max(1, len(thief.starts)), attack.name
+    for spent, each in ((thief.bill.inputs, False), (thief.bill.labelled, True)) if fresh else ():
+        for task, count in spent.items():
+            classes = (thief.trainable(task).classes or 1) if each else 1
+            assert count <= budget["examples"] * classes, (attack.name, task)
 
 
 @dataclass
@@ -178,6 +191,10 @@ class Doses:
     needs: tuple[str, ...] = ("base",)
     access: int = 0
     alone: bool = True
+
+    @property
+    def budget(self) -> dict[str, int]:
+        return {"merges": len(self.doses)}
 
     def explore(self, thief: Thief, look: Look) -> None:
         for dose in self.doses:

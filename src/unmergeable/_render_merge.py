@@ -102,7 +102,7 @@ def attacked(report: AttackReport) -> str:
     """The text of `unmergeable attack`."""
     from .attacks import NEEDS
 
-    budget = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in report.budget.items())
+    budget, spent = map(_counts, (report.budget, report.spent))
     distance = None
     if report.before is not None and report.after is not None:
         distance = f"{report.before:.3f} before, {report.after:.3f} after, from {report.anchor}"
@@ -115,6 +115,7 @@ def attacked(report: AttackReport) -> str:
             ("access", f"level {report.access}"),
             ("cost", report.cost),
             ("budget", budget or None),
+            ("spent", spent or None),
             ("function", "kept, by construction" if report.keeps_function else "not kept"),
             ("distance", distance),
             ("changed", plural(report.changed, "tensor")),
@@ -125,6 +126,10 @@ def attacked(report: AttackReport) -> str:
     )
     more = [_mapping(name, one) for name, one in report.facts.items() if isinstance(one, Mapping) and one]
     return "\n\n".join([head, *more])
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in found.items())
 
 
 def _mapping(name: str, found: Mapping[str, Any]) -> str:

@@ -162,6 +162,7 @@ class AttackReport:
     Attributes:
         attack, target, destination, anchor: the name of the attack, and paths.
         needs, access, cost, budget, keeps_function, seed: as declared, and what it ran with.
+        spent: examples and forward passes that it took, empty for what takes none.
         seconds: wall clock, reading and writing included.
         before, after: ‖model − anchor‖ / ‖anchor‖ over the tensors of all sites.
         changed: how many tensors were written with other values than the target's.
@@ -183,6 +184,7 @@ class AttackReport:
     after: float | None
     changed: int
     facts: Mapping[str, Any]
+    spent: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, for `--json`."""
@@ -192,6 +194,7 @@ class AttackReport:
             **asdict(self),
             "needs": list(self.needs),
             "budget": dict(self.budget),
+            "spent": dict(self.spent),
             "facts": dict(self.facts),
         }
 

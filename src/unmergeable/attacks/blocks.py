@@ -8,7 +8,7 @@ tensors one by one, where that helps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from ..merging import Merged
 from ..merging.blocks import Layout, Unit, layout, seeds
@@ -29,6 +29,7 @@ class Blocks:
     about = "blocks and kinds of tensors whole from the protected model, the others merged in the rest"
     needs = ("base", "experts")
     access = 1
+    budget: ClassVar[dict[str, int]] = {"moves": MOVES}
     alone = False
 
     def explore(self, thief: Thief, look: Look) -> None:

@@ -23,7 +23,7 @@ from ..tasks.task import Examples
 from .thief import TRAIN, Look, Subject, Thief, all_of, detached
 from .training import batch_size, labelled
 
-# Suite v1: unlabelled inputs a task, and labelled examples a class or texts.
+# Suite v1: unlabelled inputs a task, and labelled examples a class or units of texts.
 INPUTS, EACH = 512, 16
 
 
@@ -60,6 +60,11 @@ class Coefficients:
     def access(self) -> int:
         """Level of the suite."""
         return 3 if self.labels else 2
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """A merge a start, and the examples and steps that it is learnt with."""
+        return {"merges": len(STARTS), "examples": EACH if self.labels else INPUTS, "steps": STEPS}
 
     def explore(self, thief: Thief, look: Look) -> None:
         """Learn from every start; what is looked at is the best step of each.

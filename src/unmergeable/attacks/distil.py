@@ -49,6 +49,11 @@ class Distil:
         inputs = "inputs of other tasks" if self.foreign else "its own inputs"
         return f"teach the base the protected model's answers ({self.target}) on {inputs}, then merge"
 
+    @property
+    def budget(self) -> dict[str, int]:
+        """Of one student."""
+        return {"merges": len(PROBE), "examples": INPUTS, "steps": STEPS}
+
     def explore(self, thief: Thief, look: Look) -> None:
         """One student, every point of the probe grid.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -54,6 +54,7 @@ class RegMean(_Informed):
     name = "regmean"
     about = "least squares on the inputs of every linear layer"
     count = INPUTS
+    budget: ClassVar[dict[str, int]] = {"merges": len(REDUCTIONS), "examples": INPUTS}
 
     def explore(self, thief: Thief, look: Look) -> None:
         """Every reduction. Raises InputError for a task without training examples."""
@@ -85,6 +86,7 @@ class Fisher(_Informed):
     name = "fisher"
     about = "mean weighted by the diagonal Fisher information of every model"
     count = FISHER_INPUTS
+    budget: ClassVar[dict[str, int]] = {"merges": len(WEIGHTS), "examples": FISHER_INPUTS}
 
     def explore(self, thief: Thief, look: Look) -> None:
         """Every weight. Raises InputError for a task without training examples."""

@@ -45,6 +45,11 @@ class Coefficients:
     needs: tuple[str, ...] = ("base", "experts")
     access: int = 0
 
+    @property
+    def budget(self) -> dict[str, int]:
+        """The size of the grid."""
+        return {"merges": len(self.points)}
+
     def explore(self, thief: Thief, look: Look) -> None:
         """Every point of the grid."""
         seen = set()
@@ -82,6 +87,11 @@ class Method:
     most: int | None = None
     needs: tuple[str, ...] = ("base", "experts")
     access: int = 0
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """The size of the grid, which is the same for any number of models."""
+        return {"merges": len(self.grid("protected", ("own",)))}
 
     def explore(self, thief: Thief, look: Look) -> None:
         """Every point of the grid.

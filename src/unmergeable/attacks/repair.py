@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,9 +18,9 @@ from ..merging import Merged
 from ..merging.tensors import possible
 from .merges import PROBE
 from .thief import Look, Subject, Thief, all_of, detached
-from .training import labelled, sampler, supervised, train
+from .training import TEXTS_EACH, labelled, sampler, supervised, train
 
-# Suite v1: labelled examples a class or texts, learning rates, steps, and how often the result is looked at.
+# Suite v1: labelled examples a class or units of texts, learning rates, steps, and how often the result is looked at.
 EACH = (4, 16)
 RATES = (1e-4, 3e-4)
 STEPS, EVERY = 60, 20
@@ -45,7 +45,13 @@ class Repair:
     @property
     def about(self) -> str:
         """One line."""
-        return f"train the best merges on {self.each} labelled examples a class, or texts, of every task"
+        many = f"{self.each} labelled examples a class, or {self.each * TEXTS_EACH} texts"
+        return f"train the best merges on {many}, of every task"
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """Of every start."""
+        return {"merges": len(RATES) * -(-STEPS // EVERY), "examples": self.each, "steps": STEPS}
 
     def explore(self, thief: Thief, look: Look) -> None:
         """From every start, with every learning rate.
@@ -79,7 +85,7 @@ class Repair:
 
 
 def repair(*, each: int = EACH[-1]) -> Repair:
-    """A repair, as `unmergeable attack` takes it: with so many labelled examples a class, or texts.
+    """A repair, as `unmergeable attack` takes it: with so many labelled examples a class, or eight times as many texts.
 
     Raises:
         UsageError: fewer than one.
@@ -98,6 +104,11 @@ class Untrap:
     access = 3
     alone = True
     each = EACH[-1]
+    budget: ClassVar[dict[str, int]] = {
+        "merges": len(DOSES) * len(PROBE),
+        "examples": EACH[-1],
+        "steps": STEPS,
+    }
 
     def explore(self, thief: Thief, look: Look) -> None:
         """From every part of the task vector, every point of the probe grid.

@@ -193,6 +193,9 @@ class MergeAttack(Protocol):
     """An attack that ends in merges.
 
     name: as rows call it. about: one line. needs: keys of `NEEDS`. access: level of the suite, 0 to 3.
+    budget: JSON-ready numbers, the most that it takes: `merges` that it looks at (a repair: of each start), or
+    `moves`, those of a search beyond what it begins with; different `examples` of a task, where labels are used
+    of a class, or in units of `training.TEXTS_EACH` texts; and `steps` of a training.
     alone: whether it makes sense without the protected model.
     """
 
@@ -204,6 +207,8 @@ class MergeAttack(Protocol):
     def needs(self) -> tuple[str, ...]: ...
     @property
     def access(self) -> int: ...
+    @property
+    def budget(self) -> Mapping[str, int]: ...
     @property
     def alone(self) -> bool: ...
 

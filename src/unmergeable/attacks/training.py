@@ -74,7 +74,7 @@ def batch_size(examples: Examples) -> int:
 
 
 def labelled(thief: Thief, task: str, each: int) -> Examples:
-    """The few labelled examples that a thief has of a task, put on the bill: so many a class, or texts.
+    """The few labelled examples that a thief has of a task, put on the bill: so many a class, or units of texts.
 
     In random order: where each batch had a few of the classes alone, every step would forget the others.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +29,7 @@ class Wide:
     about = "all models side by side, block by block; as large as they are together"
     needs = ("base", "experts")
     access = 1
+    budget: ClassVar[dict[str, int]] = {"merges": len(WITH_BASE) + len(WITHOUT_BASE)}
     alone = False
 
     def explore(self, thief: Thief, look: Look) -> None:

@@ -20,6 +20,7 @@ from ..attacks.wide import Wide, fill
 from ..checkpoint import check_destination, open_checkpoint
 from ..errors import InputError
 from ..merging import Merged
+from ..merging.check import facts
 from ..merging.tensors import load_state
 from ..merging.vectors import is_adapter
 from ..merging.wide_checkpoint import wide_checkpoint
@@ -28,7 +29,7 @@ from ..options import declared, unknown
 from ..stock import quiet
 from .bench import Bench
 from .config import make_config, read_config
-from .explore import Explorer
+from .explore import MIXES, Explorer
 from .finalists import promising
 from .known import prepare
 from .suite import merge_attack
@@ -72,6 +73,8 @@ def attack_on_tasks(
         if not explorer.looks:
             raise InputError("the attack found no merge that gives answers", where=name)
         chosen, subject, pairs = _best(attack, thief, explorer)
+        if isinstance(attack, MIXES):
+            _check_mix(thief, subject, name)
         _write(attack, bench, chosen, subject, Path(dst), Path(target))
     bill, (changed, size) = thief.bill, _compared(Path(target), Path(dst))
     return AttackReport(
@@ -82,7 +85,8 @@ def attack_on_tasks(
         needs=attack.needs,
         access=attack.access,
         cost=attack.about,
-        budget={
+        budget=attack.budget,
+        spent={
             "examples": sum(bill.inputs.values()) + sum(bill.labelled.values()),
             "forward_passes": round(bill.forwards + explorer.forwards),
         },
@@ -159,6 +163,18 @@ def _best(
     subject = explorer.kept.get(best[1]) or attack.make(thief, options)
     tested = reference.pair("test", bench.measure(subject, "test"))
     return options, subject, {"validation": best[2], "test": tested}
+
+
+def _check_mix(thief: Thief, subject: Subject, name: str) -> None:
+    """Refuse what is called a merge and is none.
+
+    Raises:
+        InputError: a tensor that is made of something else than the models.
+    """
+    assert isinstance(subject, Merged)
+    problems = facts(thief.base, thief.experts, subject.shared).problems
+    if problems:
+        raise InputError("not a merge", where=name, got="; ".join(problems))
 
 
 def _write(
