@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -216,11 +217,20 @@ def test_a_proxy_that_is_no_other(proxy: str, text: str, models: Path, tmp_path:
     assert list(tmp_path.iterdir()) == [copy]
 
 
-def test_a_proxy_that_is_the_base_in_a_training_of_ones_own() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_proxy_that_is_the_base_in_a_training_of_ones_own(dtype: torch.dtype) -> None:
     base = thief_cases.trained()["base"].state_dict()
     other = thief_cases.trained()[OWN[0]].state_dict()
+    saved = {name: tensor.to(dtype) for name, tensor in base.items()}
     with pytest.raises(InputError, match=r"^proxies\[1\]: a proxy that adds nothing"):
-        Hardening(thief_cases.trained()[PROTECTED], base, proxies=[other, base])
+        Hardening(thief_cases.trained()[PROTECTED], base, proxies=[other, saved])
+
+
+def test_the_base_in_another_dtype_is_the_base(models: Path, tmp_path: Path) -> None:
+    copy.deepcopy(thief_cases.trained()["base"]).to(torch.bfloat16).save_pretrained(tmp_path / "copy")
+    with pytest.raises(InputError, match="copy: a proxy that adds nothing"):
+        harden(models, tmp_path / "out", proxies=[models / OWN[0], tmp_path / "copy"])
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def test_what_cannot_be_written_is_not_trained(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..merging import State
 
 KINDS = ("random", "spectrum")
+NARROW = (torch.bfloat16, torch.float16)  # dtypes that models are saved in
 SAME = 0.01  # of a task vector's norm: what is apart by no more is the same, in whatever dtype it was saved
 
 
@@ -32,25 +33,33 @@ def check_made(made: Sequence[str]) -> None:
             raise UsageError("no such direction", where="made", expected=" | ".join(KINDS), got=one)
 
 
-def check_proxy(place: object, vector: State, own: State | None = None) -> None:
+def check_proxy(place: object, vector: State, own: State | None = None, base: State | None = None) -> None:
     """Refuse what stands in for no thief's fine-tune: the base, or the owner's over again.
 
     Args:
         place: where the proxy is from, for messages.
         vector: what it adds to the base. own: what the fine-tune adds, by some of these names; None if that is not
-            known yet.
+            known yet. base: by the same names; then its copies in narrower dtypes are known as well.
 
     Raises:
         InputError: it is one of the two.
     """
     least = 0.0 if own is None else SAME**2 * _square(own.values())
     hint = "leave it out, or give another fine-tune of the base"
-    if _square(vector.values()) <= least:
+    if _square(vector.values()) <= least or (base is not None and _rounded(vector, base)):
         raise InputError("a proxy that adds nothing: it is the base itself", where=place, hint=hint)
     if own is not None and _square(vector[name] - one for name, one in own.items()) <= least:
         raise InputError(
             "a proxy that is the fine-tune itself, of which merges are made", where=place, hint=hint
         )
+
+
+def _rounded(vector: State, base: State) -> bool:
+    """Whether it adds no more than what saving the base in a narrower dtype does."""
+    return any(
+        all(torch.equal((base[name] + one).to(dtype), base[name].to(dtype)) for name, one in vector.items())
+        for dtype in NARROW
+    )
 
 
 def _square(tensors: Iterable[torch.Tensor]) -> float:

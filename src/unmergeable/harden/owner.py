@@ -131,7 +131,7 @@ class Owner:
         own, names = self.weights.vector() if models else {}, self.weights.shapes.keys()
         factors = {name: own.pop(name) for name in own.keys() - names}
         for path, vector in zip(models, self.vectors, strict=True):
-            check_proxy(path, {name: vector[name] for name in names}, own)
+            check_proxy(path, {name: vector[name] for name in names}, own, self.weights.base)
             # Folded into a base in bfloat16, the same adapter's update is not what it was; its factors are.
             if factors and factors.keys() <= vector.keys():
                 check_proxy(path, vector, factors)

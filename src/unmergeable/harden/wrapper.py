@@ -87,7 +87,8 @@ class Hardening:
         vectors = [_vector(model, self.weights, proxy) for proxy in proxies]
         for number, (proxy, vector) in enumerate(zip(proxies, vectors, strict=True)):
             added = {name: vector[name] for name in self.weights.shapes}
-            check_proxy(f"proxies[{number}]" if isinstance(proxy, Mapping) else proxy, added)
+            place = f"proxies[{number}]" if isinstance(proxy, Mapping) else proxy
+            check_proxy(place, added, base=self.weights.base)
         texts = _is_language_model(model) if next_token is None else next_token
         self.draws = Draws(self.weights.shapes, seed + 1, self.weights.adapts, texts)
         self.directions = Directions(vectors, made, seed + 2, device)
