@@ -5,12 +5,28 @@ from __future__ import annotations
 import gzip
 import json
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from audits_text import level_of, number, page, share, table
+from harden_records import (
+    Record,
+    audits_to,
+    chains,
+    change_text,
+    gain_of,
+    is_trained,
+    joint_of,
+    model_key,
+    moved_by,
+    own_rows,
+    pair_text,
+    pairs_of,
+    recipe_of,
+    trainings_of,
+)
 from harden_words import (
     BARS,
     DEFAULT,
@@ -19,39 +35,19 @@ from harden_words import (
     HEAD,
     IDEAS,
     LABELS,
+    NO_OPS,
     OTHER_RECIPE,
     OWNERS,
     PRICES,
+    PUBLISHED,
     ROTATION,
     SUMMARY,
     TRIED,
     UNLABELLED,
 )
 
-Record = Mapping[str, Any]
-
 # As many seeds are summed up. AIM: what the score alone may change by on average of them, in points or per cent.
 SEEDS, AIM = 3, -0.3
-# What others publish, in their own words or figures: none of it was measured here.
-WORDS = "no comparable figure"
-PUBLISHED = (
-    (
-        "Trap², arXiv 2601.21898", "CLIP ViT-B/32 and L/14; full models, LoRA",
-        f"keeps the score alone, degrades merges; {WORDS}",
-    ),
-    ("ARF, arXiv 2606.30360", "CLIP ViT-B/32", "4.6 % of accuracy after task arithmetic, 27.4 % after its own attack"),
-    ("MergeBarrier, arXiv 2511.10712", "CLIP ViT-B/32", "29.3 %, and 60.8 % after the attack of arXiv 2606.30360"),
-    (
-        "MergeGuard, arXiv 2511.11851", "CLIP ViT-L/14, Llama 2, Gemma 2, Mistral",
-        "accuracy of merges falls by up to 90 %, alone by less than 1.5 %",
-    ),
-    ("TAR, arXiv 2408.00761", "language models", f"safeguards that stand hundreds of steps of fine-tuning; {WORDS}"),
-    (
-        "SOPHON, arXiv 2404.12699", "image models",
-        f"fine-tuning costs as much as training from nothing, or more; {WORDS}",
-    ),
-    ("arXiv 2412.07097", "evaluation", "such claims fall to small changes of an attack: hence the attacker's best"),
-)  # fmt: skip
 
 
 def section(kept: Path) -> str:
@@ -83,16 +79,16 @@ def section(kept: Path) -> str:
 
 def bars(records: list[Any]) -> str:
     """Every audit up to level 2, against its control."""
-    lines, trainings = [], _trainings(records)
-    whole = any(record["whole"] for record in _audits(records, 1, 2))
-    for record in sorted(_audits(records, 1, 2), key=_key):
+    lines, trainings = [], trainings_of(records)
+    whole = any(record["whole"] for record in audits_to(records, 1, 2))
+    for record in sorted(audits_to(records, 1, 2), key=model_key):
         alone = record["found"]["standalone"]
-        trained = trainings.get(_key(record))
+        trained = trainings.get(model_key(record))
         strength = None if trained is None else trained["report"]["strength"]
         lines.append(
             (
-                record["source"], record["case"], record["seed"], f"`{record['variant']}`", _recipe(trained),
-                number(strength), number(alone["plain"], 4), number(alone["protected"], 4), _change(alone),
+                record["source"], record["case"], record["seed"], f"`{record['variant']}`", recipe_of(trained),
+                number(strength), number(alone["plain"], 4), number(alone["protected"], 4), change_text(alone),
                 *(share(level_of(record["found"], level)) + _mark(record, level) for level in range(3)),
             )
         )  # fmt: skip
@@ -130,7 +126,7 @@ def rotation(records: list[Any]) -> str:
     """Who is protected from whom."""
     from harden_cases import cases  # which has bench/audits.py import this module
 
-    audited = {record["case"] for record in _audits(records, 1, 2)}
+    audited = {record["case"] for record in audits_to(records, 1, 2)}
     lines = [(one.name, one.proxy, ", ".join(one.own)) for one in cases() if one.name in audited]
     return table(("model", "the owner's stand-in", "the thief's own"), lines)
 
@@ -140,13 +136,16 @@ def tried(records: list[Any]) -> str:
     from harden_cases import ATTACKS
 
     groups: dict[tuple[str, ...], dict[tuple[str, str], list[int]]] = {}
-    for record in sorted(_audits(records, 1, 2), key=_key):
+    for record in sorted(audits_to(records, 1, 2), key=model_key):
         rows = [row for row in record["found"]["rows"] if row["side"] == "protected"]
         levels = range(1 + max(level["level"] for level in record["found"]["levels"]))
         ran = {name for row in rows for name in row["chain"]}
         key = (
-            *(_names(_own(record, level)) or "none" if level in levels else "not run" for level in range(3)),
-            _names(row for row in rows if row["state"] != "done"),
+            *(
+                chains(own_rows(record, level)) or "none" if level in levels else "not run"
+                for level in range(3)
+            ),
+            chains(row for row in rows if row["state"] != "done"),
             ", ".join(f"`{name}`" for name in ATTACKS if name not in ran),
         )
         seeds = groups.setdefault(key, {}).setdefault((record["source"], record["case"]), [])
@@ -163,9 +162,14 @@ def tried(records: list[Any]) -> str:
 def summary(records: list[Any]) -> str:
     """What several seeds of one task have in common: the mean change, and the worst of what was recovered."""
     groups: dict[tuple[str, ...], list[Any]] = {}
-    trainings = _trainings(records)
-    for record in sorted(_audits(records, 1, 2), key=_key):
-        key = (record["source"], record["case"], record["variant"], _recipe(trainings.get(_key(record))))
+    trainings = trainings_of(records)
+    for record in sorted(audits_to(records, 1, 2), key=model_key):
+        key = (
+            record["source"],
+            record["case"],
+            record["variant"],
+            recipe_of(trainings.get(model_key(record))),
+        )
         groups.setdefault(key, []).append(record["found"])
     lines = []
     for (source, case, variant, recipe), found in groups.items():
@@ -174,7 +178,7 @@ def summary(records: list[Any]) -> str:
         levels = [[one for one in (level_of(each, n) for each in found) if one is not None] for n in range(3)]
         worst = [number(max(one["recovered"] for one in level)) if level else "" for level in levels]
         limit = number(max(one["interval"][1] for one in levels[1]))
-        moved = [_moved(each["standalone"]) for each in found]
+        moved = [moved_by(each["standalone"]) for each in found]
         mean, unit = sum(change for change, _ in moved) / len(moved), moved[0][1]
         met = "yes" if mean > AIM - 1e-9 else "no"
         change = f"{number(mean)} {unit}", f"{number(min(moved)[0])} {unit}", met
@@ -199,18 +203,18 @@ def summary(records: list[Any]) -> str:
 def labels(records: list[Any]) -> str:
     """The trap against labels and distillation, row by row."""
     lines, recovered = [], []
-    for record in _audits(records, 3):
+    for record in audits_to(records, 3):
         if record["variant"] != "trap":
             continue
-        rows = _rows(record)
+        rows = pairs_of(record)
         for attack in dict.fromkeys(name for name, _ in rows):
-            cells = [_value(rows.get((attack, side))) for side in ("protected", "plain", "without")]
+            cells = [pair_text(rows.get((attack, side))) for side in ("protected", "plain", "without")]
             lines.append((record["source"], record["case"], f"`{attack}`", *cells))
         shares = (f"level {level} {share(level_of(record['found'], level))}" for level in (2, 3))
         recovered.append(f"{record['case']} ({record['source']}) {', '.join(shares)}")
     header = ("run", "model", "attack", "hardened", "control", "without either")
     about = _flowing(LABELS.format(recovered="; ".join(recovered)))
-    judged = any(one["variant"].startswith(("mined", "kept")) for one in _audits(records, 3))
+    judged = any(one["variant"].startswith(("mined", "kept")) for one in audits_to(records, 3))
     rest = "" if judged else UNLABELLED
     head = "### Against thieves with labels, or with inputs"
     return page(head, about, rest, table(header, lines)) if lines else ""
@@ -218,27 +222,27 @@ def labels(records: list[Any]) -> str:
 
 def ideas(records: list[Any]) -> str:
     """Ideas against repair and distillation, side by side."""
-    every = _audits(records, 3)
+    every = audits_to(records, 3)
     several = {(one["source"], one["case"]) for one in every if one["variant"] != "trap"}
     audits = [one for one in every if (one["source"], one["case"]) in several]
     if not audits:
         return ""
     first = audits[0]
-    shown = [name for name in dict.fromkeys(attack for attack, _ in _rows(first)) if _trained(name)]
-    lines, rows = [], _rows(first)
+    shown = [name for name in dict.fromkeys(attack for attack, _ in pairs_of(first)) if is_trained(name)]
+    lines, rows = [], pairs_of(first)
     for side, name in (("without", "no protected model"), ("plain", "control")):
-        cells = [_value(rows.get((attack, side))) for attack in shown]
-        lines.append((f"({name})", "", "", "", _gain(rows, side), *cells))
+        cells = [pair_text(rows.get((attack, side))) for attack in shown]
+        lines.append((f"({name})", "", "", "", gain_of(rows, side), *cells))
     for record in audits:
-        alone, rows = record["found"]["standalone"], _rows(record)
-        cells = [_value(rows.get((attack, "protected"))) for attack in shown]
+        alone, rows = record["found"]["standalone"], pairs_of(record)
+        cells = [pair_text(rows.get((attack, "protected"))) for attack in shown]
         lines.append(
             (
                 f"`{record['variant']}`" + NO_OPS.get(record["variant"], ""),
-                _change(alone),
-                number(_joint(record)),
+                change_text(alone),
+                number(joint_of(record)),
                 share(level_of(record["found"], 3)),
-                _gain(rows, "protected"),
+                gain_of(rows, "protected"),
                 *cells,
             )
         )
@@ -252,7 +256,7 @@ def _unjudged(records: list[Any]) -> str:
 
     judged = {record["variant"] for record in records if record["kind"] == "audit"}
     cases: dict[str, set[str]] = {}
-    for record in _trainings(records).values():
+    for record in trainings_of(records).values():
         if record["variant"] in KNOWN and record["variant"] not in judged:
             cases.setdefault(record["variant"], set()).add(f"{record['case']}, {record['source']}")
     names = [f"`{name}` ({'; '.join(sorted(where))})" for name, where in sorted(cases.items())]
@@ -262,14 +266,14 @@ def _unjudged(records: list[Any]) -> str:
 def owners(records: list[Any]) -> str:
     """What owners see: every training, on held-out examples."""
     lines = []
-    for record in _trainings(records).values():
+    for record in trainings_of(records).values():
         report = record["report"]
         score, exposure = report["standalone"], report["exposure"]["after"]
         lines.append(
             (
                 record["source"], record["case"], record["seed"], f"`{record['variant']}`",
                 "" if report["objective"] == "plain" else number(report["strength"]),
-                _recipe(record), number(score["after"], 4), number(score.get("plain"), 4),
+                recipe_of(record), number(score["after"], 4), number(score.get("plain"), 4),
                 number(exposure["mean"]),
             )
         )  # fmt: skip
@@ -295,7 +299,7 @@ def adapters(records: list[Any]) -> str:
             continue
         sides = {side: {row["type"]: row["test"] for row in rows} for side, rows in record["rows"].items()}
         for kind in sides["control"]:
-            cells = [_value(sides[side].get(kind)) for side in ("control", "trap")]
+            cells = [pair_text(sides[side].get(kind)) for side in ("control", "trap")]
             lines.append((record["case"], record["seed"], f"`{kind}`", *cells))
     header = ("adapter", "seed", "`combination_type`", "control", "hardened")
     return page("### Adapters merged by peft", table(header, lines)) if lines else ""
@@ -304,11 +308,11 @@ def adapters(records: list[Any]) -> str:
 def prices(records: list[Any]) -> str:
     """Time and memory beside plain training of the same steps, of all models and seeds of a run."""
     groups: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
-    trainings = _trainings(records)
+    trainings = trainings_of(records)
     for key, record in trainings.items():
         if record["peak"] and record["variant"].startswith(("trap", "mined", "kept")):
             family, looks = record["case"].partition("-")[0], "plain" in record["report"]["standalone"]
-            way = record["source"], family, record["variant"], _recipe(record), looks
+            way = record["source"], family, record["variant"], recipe_of(record), looks
             groups.setdefault(way, []).append((trainings.get((*key[:3], "control")), record))
     lines = []
     for (source, family, variant, recipe, looks), pairs in groups.items():
@@ -354,9 +358,9 @@ def effect(found: Mapping[str, Any], records: list[Any]) -> str:
 
 def _way(found: Mapping[str, Any], records: list[Any]) -> str:
     """Which hardened model side effects are of: as the file says, or that of this case whose scores are the same."""
-    known, trainings, models = {}, _trainings(records), found["models"]
-    for record in _audits(records, 1, 2, 3):
-        alone, trained = record["found"]["standalone"], trainings.get(_key(record))
+    known, trainings, models = {}, trainings_of(records), found["models"]
+    for record in audits_to(records, 1, 2, 3):
+        alone, trained = record["found"]["standalone"], trainings.get(model_key(record))
         far = (
             abs(alone["plain"] - models["control"]["score"]),
             abs(alone["protected"] - models["hardened"]["score"]),
@@ -369,46 +373,6 @@ def _way(found: Mapping[str, Any], records: list[Any]) -> str:
     return " or ".join(known) or (f"`{found['way']}`" if "way" in found else "a way that is not known")
 
 
-# --- records ------------------------------------------------------------------------------------------------
-
-
-def _audits(records: Iterable[Any], *tops: int) -> list[Any]:
-    """Audits up to these levels of access."""
-    audits = [record for record in records if record["kind"] == "audit"]
-    return [one for one in audits if max(level["level"] for level in one["found"]["levels"]) in tops]
-
-
-def _key(record: Record) -> tuple[Any, ...]:
-    """Which model a training or an audit is of; a lock of it is none of its own."""
-    from harden_cases import LOCKED
-
-    return (*(record[name] for name in ("source", "case", "seed")), record["variant"].removesuffix(LOCKED))
-
-
-def _trainings(records: Iterable[Any]) -> dict[tuple[Any, ...], Any]:
-    return {_key(record): record for record in records if record["kind"] == "training"}
-
-
-def _rows(record: Record) -> dict[tuple[str, str], Mapping[str, float]]:
-    return {
-        (" > ".join(row["chain"]), row["side"]): row["test"]
-        for row in record["found"]["rows"]
-        if row["test"] is not None and row["state"] == "done"
-    }
-
-
-def _own(record: Record, level: int) -> list[Any]:
-    """A level's own attacks on the protected model that proved themselves."""
-    rows = record["found"]["rows"]
-    return [
-        row for row in rows if row["side"] == "protected" and row["level"] == level and row["state"] == "done"
-    ]
-
-
-def _names(rows: Iterable[Any]) -> str:
-    return ", ".join(dict.fromkeys(f"`{' > '.join(row['chain'])}`" for row in rows))
-
-
 def _mark(record: Record, level: int) -> str:
     """What is to be known of a figure: it stands on one attack of its own, or on one that did not prove itself."""
     found = level_of(record["found"], level)
@@ -417,12 +381,12 @@ def _mark(record: Record, level: int) -> str:
     rows = record["found"]["rows"]
     taken = [floor["plain"]["row"] for floor in found["floors"]]
     unproven = any(row is not None and rows[row]["state"] == "unreliable" for row in taken)
-    return " ‡" * (level < 2 and len(_own(record, level)) == 1) + " §" * unproven
+    return " ‡" * (level < 2 and len(own_rows(record, level)) == 1) + " §" * unproven
 
 
 def _open(records: list[Any]) -> str:
     """Of the ways with several seeds, what was not stopped: intervals that lie above nothing."""
-    audits = sorted(_audits(records, 1, 2), key=_key)
+    audits = sorted(audits_to(records, 1, 2), key=model_key)
     ways = [(one["source"], one["case"], one["variant"]) for one in audits]
     several = [one for one, way in zip(audits, ways, strict=True) if ways.count(way) >= SEEDS]
     found = []
@@ -438,14 +402,6 @@ def _open(records: list[Any]) -> str:
     return _flowing(f"In {count} {what}: {'; '.join(found)}.") if found else ""
 
 
-def _recipe(trained: Record | None) -> str:
-    """Steps, batch and rate of a training."""
-    if trained is None:
-        return ""
-    report = trained["report"]
-    return f"{report['steps']} × {report['batch']}, {report['rate']:g}"
-
-
 def _defaults(records: list[Any]) -> str:
     """What `harden` does unless it is asked for something else, and which audits are of that."""
     from unmergeable.harden.run import DEFAULTS
@@ -455,11 +411,11 @@ def _defaults(records: list[Any]) -> str:
         way: f"{DEFAULTS[kind].steps} × {DEFAULTS[kind].batch}, {DEFAULTS[kind].rate:g}"
         for way, kind in ways.items()
     }
-    trainings = _trainings(records)
+    trainings = trainings_of(records)
     found = dict.fromkeys(
         f"{record['case']} ({record['source']})"
-        for record in _audits(records, 1, 2)
-        if _recipe(trainings.get(_key(record))) == recipes.get(record["variant"])
+        for record in audits_to(records, 1, 2)
+        if recipe_of(trainings.get(model_key(record))) == recipes.get(record["variant"])
     )
     other = "" if any(name.startswith("images-") for name in found) else OTHER_RECIPE
     images, texts = recipes.values()
@@ -469,43 +425,3 @@ def _defaults(records: list[Any]) -> str:
 def _flowing(text: str) -> str:
     """A paragraph whose lines are as long as any, whatever was filled in."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _joint(record: Record) -> float:
-    """The best worse-of-both of merges without data."""
-    return max(
-        pair["joint"] for (attack, side), pair in _rows(record).items() if side == "protected" and not _trained(attack)
-    )  # fmt: skip
-
-
-def _gain(rows: Mapping[tuple[str, str], Mapping[str, float]], side: str) -> str:
-    """What a side's model adds to a repair with 16 labels a class."""
-    pair = [rows.get(("repair-16", one)) for one in (side, "without")]
-    if side == "without" or pair[0] is None or pair[1] is None:
-        return ""
-    return number(pair[0]["protected"] - pair[1]["protected"])
-
-
-def _trained(attack: str) -> bool:
-    return attack.startswith(("repair", "distil", "untrap"))
-
-
-def _value(pair: Mapping[str, float] | None) -> str:
-    return "–" if pair is None else f"{number(pair['protected'])}, {number(pair['own'])}"
-
-
-def _moved(alone: Mapping[str, Any]) -> tuple[float, str]:
-    """By how much the score alone has changed, and in what: points of accuracy, or per cent of the cross-entropy."""
-    if alone["plain"] < 0:
-        return 100 * alone["difference"] / abs(alone["plain"]), "%"
-    return 100 * alone["difference"], "points"
-
-
-def _change(alone: Mapping[str, Any]) -> str:
-    """Of the score alone; better is positive."""
-    change, unit = _moved(alone)
-    return f"{number(change, 2 if unit == '%' else 1)} {unit}"
-
-
-# Ideas that their audit says nothing of.
-NO_OPS = {"nasty": " (a no-op: no slope)"}

@@ -78,3 +78,25 @@ EFFECTS = """
 Of {way}. On {slice}; score: accuracy or minus nats a token; ece: expected calibration error; int8: every matrix rounded
 to 255 levels, one scale a row. *further*: the score after a licensed user's own plain training from the model.
 """
+# Ideas that their audit says nothing of.
+NO_OPS = {"nasty": " (a no-op: no slope)"}
+# What others publish, in their own words or figures: none of it was measured here.
+WORDS = "no comparable figure"
+PUBLISHED = (
+    (
+        "Trap², arXiv 2601.21898", "CLIP ViT-B/32 and L/14; full models, LoRA",
+        f"keeps the score alone, degrades merges; {WORDS}",
+    ),
+    ("ARF, arXiv 2606.30360", "CLIP ViT-B/32", "4.6 % of accuracy after task arithmetic, 27.4 % after its own attack"),
+    ("MergeBarrier, arXiv 2511.10712", "CLIP ViT-B/32", "29.3 %, and 60.8 % after the attack of arXiv 2606.30360"),
+    (
+        "MergeGuard, arXiv 2511.11851", "CLIP ViT-L/14, Llama 2, Gemma 2, Mistral",
+        "accuracy of merges falls by up to 90 %, alone by less than 1.5 %",
+    ),
+    ("TAR, arXiv 2408.00761", "language models", f"safeguards that stand hundreds of steps of fine-tuning; {WORDS}"),
+    (
+        "SOPHON, arXiv 2404.12699", "image models",
+        f"fine-tuning costs as much as training from nothing, or more; {WORDS}",
+    ),
+    ("arXiv 2412.07097", "evaluation", "such claims fall to small changes of an attack: hence the attacker's best"),
+)  # fmt: skip
