@@ -117,12 +117,11 @@ class Outcome:
         return {name: case.target[name] if values is None else values for name, values in made.items()}
 
 
-class Attack(Protocol):
-    """An attack, as the audit and the command line see it.
+class Declares(Protocol):
+    """What every attack says of itself.
 
-    about: one line. needs: keys of `NEEDS`. access: level of the suite, 0 to 3. cost: what it takes, in words.
-    budget: JSON-ready numbers (examples, forward passes, most iterations). keeps_function: whether the attacked
-    model computes what the target does, by construction.
+    about: one line. needs: keys of `NEEDS`. access: level of the suite, 0 to 3. budget: JSON-ready numbers, the most
+    that it takes.
     """
 
     @property
@@ -132,9 +131,18 @@ class Attack(Protocol):
     @property
     def access(self) -> int: ...
     @property
-    def cost(self) -> str: ...
-    @property
     def budget(self) -> Mapping[str, int]: ...
+
+
+class Attack(Declares, Protocol):
+    """An attack, as the audit and the command line see it.
+
+    cost: what it takes, in words. Its budget has examples, forward passes and most iterations. keeps_function:
+    whether the attacked model computes what the target does, by construction.
+    """
+
+    @property
+    def cost(self) -> str: ...
     @property
     def keeps_function(self) -> bool: ...
     @property

@@ -22,6 +22,7 @@ from ..merging import Merged
 from ..merging.grids import Mixer
 from ..stock import module_state
 from ..tasks.task import Call, Examples, Task, TensorTask
+from . import Declares
 
 if TYPE_CHECKING:
     from ..merging import State
@@ -189,26 +190,17 @@ class Thief:
             self.bill.tokens[task] = max(self.bill.tokens.get(task, 0), examples.tokens)
 
 
-class MergeAttack(Protocol):
+class MergeAttack(Declares, Protocol):
     """An attack that ends in merges.
 
-    name: as rows call it. about: one line. needs: keys of `NEEDS`. access: level of the suite, 0 to 3.
-    budget: JSON-ready numbers, the most that it takes: `merges` that it looks at (a repair: of each start), or
-    `moves`, those of a search beyond what it begins with; different `examples` of a task, where labels are used
-    of a class, or in units of `training.TEXTS_EACH` texts; and `steps` of a training.
-    alone: whether it makes sense without the protected model.
+    name: as rows call it. Its budget has `merges` that it looks at (a repair: of each start), or `moves`, those of a
+    search beyond what it begins with; different `examples` of a task, where labels are used of a class, or in units
+    of `training.TEXTS_EACH` texts; and `steps` of a training. alone: whether it makes sense without the protected
+    model.
     """
 
     @property
     def name(self) -> str: ...
-    @property
-    def about(self) -> str: ...
-    @property
-    def needs(self) -> tuple[str, ...]: ...
-    @property
-    def access(self) -> int: ...
-    @property
-    def budget(self) -> Mapping[str, int]: ...
     @property
     def alone(self) -> bool: ...
 
