@@ -13,7 +13,7 @@ BARS = """
 *level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. *recipe*: steps
 × batch, and the rate. `trap` and `trap+collapse`: the objectives without a thief who chooses among blocks; `mined` and
 `mined+collapse`: with him; `kept` and `kept+collapse`: these with `--labels 0`, beside a control that is trained on
-labels all the same.
+labels all the same; `…, locked`: such a model with an `exact` lock on top.
 """
 DEFAULT = """
 By itself `harden` has the objective of `mined+collapse` for images, with the recipe {images}, and that of `mined` for
