@@ -35,7 +35,6 @@ from harden_words import (
     HEAD,
     IDEAS,
     LABELS,
-    NO_OPS,
     OTHER_RECIPE,
     OWNERS,
     PRICES,
@@ -227,26 +226,26 @@ def ideas(records: list[Any]) -> str:
     audits = [one for one in every if (one["source"], one["case"]) in several]
     if not audits:
         return ""
-    first = audits[0]
-    shown = [name for name in dict.fromkeys(attack for attack, _ in pairs_of(first)) if is_trained(name)]
-    lines, rows = [], pairs_of(first)
-    for side, name in (("without", "no protected model"), ("plain", "control")):
-        cells = [pair_text(rows.get((attack, side))) for attack in shown]
-        lines.append((f"({name})", "", "", "", gain_of(rows, side), *cells))
+    trained = dict.fromkeys(attack for one in audits for attack, _ in pairs_of(one) if is_trained(attack))
+    groups: dict[tuple[Any, ...], list[Any]] = {}
     for record in audits:
-        alone, rows = record["found"]["standalone"], pairs_of(record)
-        cells = [pair_text(rows.get((attack, "protected"))) for attack in shown]
-        lines.append(
-            (
-                f"`{record['variant']}`" + NO_OPS.get(record["variant"], ""),
-                change_text(alone),
-                number(joint_of(record)),
-                share(level_of(record["found"], 3)),
-                gain_of(rows, "protected"),
-                *cells,
+        groups.setdefault(model_key(record)[:3], []).append(record)
+    lines = []
+    for (source, _, seed), found in groups.items():
+        rows = pairs_of(found[0])
+        for side, name in (("without", "no protected model"), ("plain", "control")):
+            cells = [pair_text(rows.get((attack, side))) for attack in trained]
+            lines.append((source, seed, f"({name})", "", "", "", gain_of(rows, side), *cells))
+        for record in found:
+            rows = pairs_of(record)
+            about = change_text(record["found"]["standalone"]), number(joint_of(record))
+            cells = [pair_text(rows.get((attack, "protected"))) for attack in trained]
+            level = share(level_of(record["found"], 3))
+            lines.append(
+                (source, seed, f"`{record['variant']}`", *about, level, gain_of(rows, "protected"), *cells)
             )
-        )
-    header = ("idea", "change", "joint without data", "level 3", "gain", *(f"`{attack}`" for attack in shown))
+    names = (f"`{attack}`" for attack in trained)
+    header = ("run", "seed", "idea", "change", "joint without data", "level 3", "gain", *names)
     return page("### Ideas against repair and distillation", IDEAS, _unjudged(records), table(header, lines))
 
 

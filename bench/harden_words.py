@@ -78,8 +78,6 @@ EFFECTS = """
 Of {way}. On {slice}; score: accuracy or minus nats a token; ece: expected calibration error; int8: every matrix rounded
 to 255 levels, one scale a row. *further*: the score after a licensed user's own plain training from the model.
 """
-# Ideas that their audit says nothing of.
-NO_OPS = {"nasty": " (a no-op: no slope)"}
 # What others publish, in their own words or figures: none of it was measured here.
 WORDS = "no comparable figure"
 PUBLISHED = (
