@@ -208,10 +208,10 @@ def labels(records: list[Any]) -> str:
         rows = pairs_of(record)
         for attack in dict.fromkeys(name for name, _ in rows):
             cells = [pair_text(rows.get((attack, side))) for side in ("protected", "plain", "without")]
-            lines.append((record["source"], record["case"], f"`{attack}`", *cells))
+            lines.append((record["source"], record["case"], record["seed"], f"`{attack}`", *cells))
         shares = (f"level {level} {share(level_of(record['found'], level))}" for level in (2, 3))
-        recovered.append(f"{record['case']} ({record['source']}) {', '.join(shares)}")
-    header = ("run", "model", "attack", "hardened", "control", "without either")
+        recovered.append(f"{record['case']} {record['seed']} ({record['source']}) {', '.join(shares)}")
+    header = ("run", "model", "seed", "attack", "hardened", "control", "without either")
     about = _flowing(LABELS.format(recovered="; ".join(recovered)))
     judged = any(one["variant"].startswith(("mined", "kept")) for one in audits_to(records, 3))
     rest = "" if judged else UNLABELLED
@@ -226,7 +226,11 @@ def ideas(records: list[Any]) -> str:
     audits = [one for one in every if (one["source"], one["case"]) in several]
     if not audits:
         return ""
-    trained = dict.fromkeys(attack for one in audits for attack, _ in pairs_of(one) if is_trained(attack))
+    ran = [{attack for attack, _ in pairs_of(one)} for one in audits]
+    trained = [
+        name for name in dict.fromkeys(attack for attack, _ in pairs_of(audits[0])) if is_trained(name)
+    ]
+    trained = [name for name in trained if all(name in names for names in ran)]
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for record in audits:
         groups.setdefault(model_key(record)[:3], []).append(record)
@@ -357,7 +361,8 @@ def effect(found: Mapping[str, Any], records: list[Any]) -> str:
 
 def _way(found: Mapping[str, Any], records: list[Any]) -> str:
     """Which hardened model side effects are of: as the file says, or that of this case whose scores are the same."""
-    known, trainings, models = {}, trainings_of(records), found["models"]
+    known: dict[tuple[str, str], list[str]] = {}
+    trainings, models = trainings_of(records), found["models"]
     for record in audits_to(records, 1, 2, 3):
         alone, trained = record["found"]["standalone"], trainings.get(model_key(record))
         far = (
@@ -368,8 +373,11 @@ def _way(found: Mapping[str, Any], records: list[Any]) -> str:
         if same and trained is not None and found.get("way") in (None, record["variant"]):
             report = trained["report"]
             how = "at a fixed λ of" if report.get("may") is None else "its λ followed what merges keep, to"
-            known[f"`{record['variant']}` in `{record['source']}`, {how} {number(report['strength'])}"] = None
-    return " or ".join(known) or (f"`{found['way']}`" if "way" in found else "a way that is not known")
+            known.setdefault((record["variant"], f"{how} {number(report['strength'])}"), []).append(
+                record["source"]
+            )
+    ways = [f"`{way}` ({', '.join(dict.fromkeys(runs))}), {how}" for (way, how), runs in known.items()]
+    return " or ".join(ways) or (f"`{found['way']}`" if "way" in found else "a way that is not known")
 
 
 def _mark(record: Record, level: int) -> str:

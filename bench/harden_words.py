@@ -44,7 +44,7 @@ the figure too small.
 LABELS = """
 Values of the protected task and the worst own one, (0 the base, 1 the fine-tunes), of each attack's best merge by the
 worse of the two. `repair-n` trains on n labelled examples a class, `distil` on 2,048 unlabelled inputs of the task.
-A thief who trains gets most of the task. Recovered over these attacks: {recovered}.
+A thief who trains gets most of the task. Recovered over these attacks, by model and seed: {recovered}.
 """
 UNLABELLED = """
 All of these are of `trap` at a fixed strength: what `harden` does by itself was audited neither with labels nor with
@@ -52,19 +52,22 @@ distillation.
 """
 IDEAS = """
 Each idea of `bench/frontier_ideas.py` beside the trap, at one fixed strength. A cell is the protected task's value and
-the worst own one. What a thief has from labels without the protected model is in the first row: an idea would have to
-bring the others near it. *level 3*: recovered by all attacks of the audit, the target was .5. *gain*: what the
-protected model adds to 16 labels a class; the target, half of the control's, is not reached, and distillation from
-hard answers is as good as ever. `unrolled-4` is below .5 at level 3, in an interval that reaches from less than nothing
-to all: undecided, not refuted. `unrolled-4` and `collapse` take more from merges without data than the trap by itself,
-which is why `collapse` can be had as an objective. `nasty` was not trained in effect: its divergence has no slope where
-training begins, and its row, the trap's over again, says nothing of the idea. One seed, 500 test images a task:
-differences below .1 say nothing.
+the worst own one. What a thief has from labels without the protected model is in the first row of a seed: an idea would
+have to bring the others near it. *level 3*: recovered by all attacks of the audit, the target was .5. *gain*: what the
+protected model adds to 16 labels a class; the target was half of the control's.
+
+None reaches it in a way that holds. Repair unrolled over more steps (`unrolled-4`, `unrolled-8`) is the only idea whose
+gain falls clearly with one seed, .22, .15, .09; with two more seeds it is .24 beside .21 and .19 beside .43, and the
+trap by itself has .24 and .21 there. Longer horizons take more from merges without data, as `collapse` does, which is
+why that one can be had as an objective. Distillation from hard answers is as good as ever with all of them, with false
+or certain soft answers (`decoy`, `sharp`) too; `collapse` and unrolling make that of hidden states worse. `apart` and
+`overshoot` change nothing that can be told from chance: 500 test images a task, differences below .1 say nothing.
 """
 OWNERS = """
 Exposure: the value of the task in fixed simulated merges on held-out examples, which the fine-tune itself may have
 seen in its own training. Rows of one task are to be compared with its `control`, or with *plain*: the same training
-without the objective.
+without the objective. `nasty` (h200) was an idea that trained nothing, for its divergence has no slope where training
+begins; `decoy` took its place.
 """
 PRICES = """
 Medians of the trainings of a run on a GPU, beside the plain training of the same model and seed where the run has one.
