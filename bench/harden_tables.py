@@ -226,11 +226,8 @@ def ideas(records: list[Any]) -> str:
     audits = [one for one in every if (one["source"], one["case"]) in several]
     if not audits:
         return ""
-    ran = [{attack for attack, _ in pairs_of(one)} for one in audits]
-    trained = [
-        name for name in dict.fromkeys(attack for attack, _ in pairs_of(audits[0])) if is_trained(name)
-    ]
-    trained = [name for name in trained if all(name in names for names in ran)]
+    ran = [dict.fromkeys(attack for attack, _ in pairs_of(one)) for one in audits]
+    trained = [name for name in ran[0] if is_trained(name) and all(name in names for names in ran)]
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for record in audits:
         groups.setdefault(model_key(record)[:3], []).append(record)

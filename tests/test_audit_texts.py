@@ -16,6 +16,7 @@ import toy
 import unmergeable as um
 from audit_cases import audit
 from task_data import SPECIAL, WORDS, ids, tokenizer
+from thief_cases import descend
 from unmergeable.audit.work import one_thread
 from unmergeable.stock import load_module
 
@@ -61,37 +62,32 @@ def fit(module: Any, heads: Mapping[str, Any], steps: int, what: list[Any]) -> N
         words, classes = zip(*texts(task, 1), strict=True)
         data[task] = torch.tensor([ids(text) for text in words]), torch.tensor(classes)
     trained = [weight for one in what for weight in one.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     random = torch.Generator().manual_seed(5)
-    for _ in range(steps):
-        loss = torch.zeros(())
+
+    def loss() -> torch.Tensor:
+        total = torch.zeros(())
         for task, (tokens, classes) in data.items():
             rows = torch.randint(0, COUNT, (32,), generator=random)
             hidden = module.bert(input_ids=tokens[rows]).pooler_output
-            loss = loss + torch.nn.functional.cross_entropy(heads[task](hidden), classes[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+            total = total + torch.nn.functional.cross_entropy(heads[task](hidden), classes[rows])
+        return total
+
+    descend(trained, loss, steps)
 
 
 def pretrained() -> tuple[Any, dict[str, Any]]:
     """A base that has learnt which words a text has, and a head for each task that knows a little."""
     base = model(sum(CLASSES.values()))
     words = torch.nn.Linear(32, len(SPECIAL + WORDS))
-    optimizer = torch.optim.AdamW([*base.bert.parameters(), *words.parameters()], lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=PRETRAINING)
     random = torch.Generator().manual_seed(7)
-    for _ in range(PRETRAINING):
+
+    def loss() -> torch.Tensor:
         few = torch.randint(len(SPECIAL), len(SPECIAL + WORDS), (64, FEW), generator=random)
         tokens = few.gather(1, torch.randint(0, FEW, (64, LENGTH), generator=random))
         one = tokens.gather(1, torch.randint(0, LENGTH, (64, 1), generator=random))[:, 0]
-        loss = torch.nn.functional.cross_entropy(words(base.bert(input_ids=tokens).pooler_output), one)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return torch.nn.functional.cross_entropy(words(base.bert(input_ids=tokens).pooler_output), one)
+
+    descend([*base.bert.parameters(), *words.parameters()], loss, PRETRAINING, 3e-3)
     torch.manual_seed(1)
     heads = {task: torch.nn.Linear(32, count) for task, count in CLASSES.items()}
     fit(base, heads, 12, [base.bert, *heads.values()])

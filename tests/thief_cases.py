@@ -65,17 +65,29 @@ def fit(module: Any, heads: Mapping[str, Any], tasks: list[str], steps: int, tra
     data = {task: pictures(task, TRAIN, 1) for task in tasks}
     trained = [*module.vit.parameters()]
     trained += [weight for task in tasks for weight in heads[task].parameters()] if train_heads else []
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     random = torch.Generator().manual_seed(5)
-    for _ in range(steps):
-        loss = torch.zeros(())
+
+    def loss() -> torch.Tensor:
+        total = torch.zeros(())
         for task, (images, classes) in data.items():
             rows = torch.randint(0, len(images), (32,), generator=random)
             hidden = module.vit(pixel_values=images[rows]).last_hidden_state[:, 0]
-            loss = loss + torch.nn.functional.cross_entropy(heads[task](hidden), classes[rows])
+            total = total + torch.nn.functional.cross_entropy(heads[task](hidden), classes[rows])
+        return total
+
+    descend(trained, loss, steps)
+
+
+def descend(
+    weights: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor], steps: int, rate: float = 1e-3
+) -> None:
+    """So many steps of AdamW with a one-cycle rate, on a loss that draws its own batches."""
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in range(steps):
+        found = loss()
         optimizer.zero_grad()
-        loss.backward()
+        found.backward()
         optimizer.step()
         schedule.step()
 
