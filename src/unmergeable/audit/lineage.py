@@ -1,8 +1,9 @@
 """Whether fine-tunes began where the given base is: what they share of their way away from it says so.
 
-Measured on three zoos of pictures and text: task vectors of fine-tunes from their own base have cosines of 0.02 to
-0.17, of two tasks that are much alike up to 0.36. Seen from another model of the same line, a sibling or an earlier
-state, all of them have the way to the real base in common: the least cosine of three is 0.35 or more.
+Measured on four families of pictures and text (bench/lineage.py): task vectors of fine-tunes from their own base have
+cosines of 0.03 to 0.17, of two tasks that are much alike up to 0.36. Seen from a sibling, all of them have the way to
+the real base in common: the least cosine of three is 0.35 or more, and of two 0.41. From the middle of the way to a
+sibling it is 0.11 or more, which is not told from the base.
 """
 
 from __future__ import annotations
