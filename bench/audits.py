@@ -103,7 +103,9 @@ def cases(zoo_path: Path | None) -> Iterator[Case]:
     if zoo_path is None:
         return
     for setting in ("text-c", "text-python", "text2-c", "text2-python", "images"):
-        for method in MAIN:
+        # The other forms of these locks differ little: on one text model and on images.
+        more = [name for name in METHODS if name not in ("none", *MAIN)] if setting in ("text-c", "images") else []
+        for method in (*MAIN, *more):
             yield Case(setting, method, (0, 1))
     for setting in ("text-c", "text2-c", "images"):
         yield Case(setting, "exact", every)
