@@ -12,18 +12,21 @@ Values: 0 the base, 1 the protected model, on test images.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from harden_cases import Case, cases, paths, tensors
+from harden_cases import IMAGES, Case, cases, paths, tensors
 from unmergeable.harden.directions import Directions
+from unmergeable.merging.blocks import layout
 from unmergeable.stock import load_module, module_state
+from zoo_tables import HEAD
+
+if TYPE_CHECKING:
+    from unmergeable.merging import State
 
 FILL = 0.5
-HEAD = "classifier."
-State = Mapping[str, torch.Tensor]
 
 
 def main() -> None:
@@ -31,7 +34,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--zoo", type=Path, required=True, help="the measuring zoo")
-    parser.add_argument("--task", help="one alone")
+    parser.add_argument("--task", choices=IMAGES, help="one alone")
     parser.add_argument("--model", type=Path, help="in the place of the task's fine-tune")
     args = parser.parse_args()
     if args.model is not None and args.task is None:
@@ -43,30 +46,26 @@ def main() -> None:
                 print(f"| {case.protected} | {said} | {values[0]:.2f} | {values[1]:.2f} |", flush=True)
 
 
-def loaded(model: Path) -> State:
-    """Its tensors, by the names of its class."""
-    return {name: one.clone() for name, one in module_state(load_module(model)).items()}
-
-
 def measured(case: Case, zoo: Path, model: Path | None) -> list[tuple[str, tuple[float, float]]]:
     """By what fills the rest: the value with the protected model's head alone, and with its last block."""
     path, models, setting = paths(case, zoo, zoo)
-    base, own = loaded(path), loaded(model or models[case.protected])
+    base, own = (module_state(load_module(one)) for one in (path, model or models[case.protected]))
     task = tensors(case.protected, {**setting.tasks[case.protected], "limit": 500}, path)
     module, index = load_module(path), range(len(task))
     shared = [name for name in base if not name.startswith(HEAD) and base[name].is_floating_point()]
-    blocks = {int(part) for name in shared for part in name.split(".") if part.isdecimal()}
-    last = f".{max(blocks)}."
+    grid = layout(shared)
+    head = {name for name in base if name.startswith(HEAD)}
+    last = grid.names(grid.block(grid.blocks[-1]))
 
     def score(filled: State, block: bool) -> float:
-        taken = {name for name in base if name.startswith(HEAD) or (block and last in name)}
+        taken = head | last if block else head
         mixed = {name: base[name] + FILL * filled[name] for name in filled}
         module.load_state_dict({**base, **mixed, **{name: own[name] for name in taken}})
         with torch.no_grad():
             return float(task.score(module.eval(), index).mean())
 
     vector = {name: own[name] - base[name] for name in shared}
-    others = {name: loaded(models[name]) for name in (case.proxy, *case.own)}
+    others = {name: module_state(load_module(models[name])) for name in (case.proxy, *case.own)}
     vectors = {name: {key: state[key] - base[key] for key in shared} for name, state in others.items()}
     fills: dict[str, State] = {
         "nothing": {},
@@ -76,7 +75,7 @@ def measured(case: Case, zoo: Path, model: Path | None) -> list[tuple[str, tuple
         "both of the thief's": {key: sum(vectors[name][key] for name in case.own) for key in shared},
     }
     low = score({}, block=False)
-    high = score({name: 2 * one for name, one in vector.items()}, block=False)
+    high = score({name: one / FILL for name, one in vector.items()}, block=False)
     return [
         (said, tuple((score(fill, block) - low) / (high - low) for block in (False, True)))
         for said, fill in fills.items()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unmergeable import zoo
+from harden_cases import cases, paths
 from unmergeable.audit.lineage import cosines
 from unmergeable.merging.tensors import distance, load_state
 
@@ -24,18 +24,11 @@ if TYPE_CHECKING:
 HALF = 0.5  # of a sibling's way from the base
 
 
-def lines(folder: Path, zoo_path: Path | None) -> Iterator[tuple[str, State, dict[str, State]]]:
-    """By zoo and family: its base and fine-tunes."""
-    zoo.copy_to(folder)
-    tasks = {task: load_state(folder / task) for task in zoo.tasks()}
-    yield "embedded zoo, ViT", load_state(folder / "base"), tasks
-    if zoo_path is None:
-        return
-    for family in ("llama", "gpt2"):
-        models = {task: load_state(zoo_path / f"{family}-{task}") for task in ("c", "python", "js")}
-        yield f"measuring zoo, {family}", load_state(zoo_path / f"{family}-base"), models
-    models = {task: load_state(zoo_path / f"vit-{task}") for task in ("fmnist", "mnist", "latin", "cyr")}
-    yield "measuring zoo, ViT", load_state(zoo_path / "vit-base-fmnist-head"), models
+def families(work: Path, zoo_path: Path | None) -> Iterator[tuple[str, State, dict[str, State]]]:
+    """By family: its base and fine-tunes."""
+    for family in ("embedded",) if zoo_path is None else ("embedded", "text", "text2", "images"):
+        base, models, _ = paths(next(cases((family,))), zoo_path or work, work)
+        yield family, load_state(base), {task: load_state(model) for task, model in models.items()}
 
 
 def between(base: State, model: State, part: float) -> State:
@@ -54,7 +47,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, help="the measuring zoo; the embedded one alone, if not given")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="unmergeable-lineage-") as work:
-        for name, base, models in lines(Path(work) / "zoo", args.zoo):
+        for name, base, models in families(Path(work), args.zoo):
             print(name)
             far = [distance(base, model) for model in models.values()]
             print(f"  distances from the base: {min(far):.3f} to {max(far):.3f}")
