@@ -96,6 +96,7 @@ SCENARIOS = {
 def cases(zoo_path: Path | None) -> Iterator[Case]:
     """Every audit, the cheap ones first."""
     every = (0, 1, 2, 3)
+    every_lock = (*MAIN, *(name for name in METHODS if name not in ("none", *MAIN)))
     for method in METHODS:
         yield Case("embedded", method, every if method in ("none", *MAIN) else (0, 1))
     for scenario in SCENARIOS:
@@ -104,8 +105,7 @@ def cases(zoo_path: Path | None) -> Iterator[Case]:
         return
     for setting in ("text-c", "text-python", "text2-c", "text2-python", "images"):
         # The other forms of these locks differ little: on one text model and on images.
-        more = [name for name in METHODS if name not in ("none", *MAIN)] if setting in ("text-c", "images") else []
-        for method in (*MAIN, *more):
+        for method in every_lock if setting in ("text-c", "images") else MAIN:
             yield Case(setting, method, (0, 1))
     for setting in ("text-c", "text2-c", "images"):
         yield Case(setting, "exact", every)

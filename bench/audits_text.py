@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,3 +39,8 @@ def share(level: Mapping[str, Any] | None) -> str:
 def level_of(result: Mapping[str, Any], level: int) -> Mapping[str, Any] | None:
     """What an audit found for a level; None if it was not audited."""
     return next((one for one in result["levels"] if one["level"] == level), None)
+
+
+def flowing(text: str) -> str:
+    """A paragraph whose lines are as long as any, whatever was filled in."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import textwrap
-from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from audits_text import level_of, number, page, share, table
+from audits_text import flowing, level_of, number, page, share, table
+from harden_costs import effect, prices
 from harden_records import (
     Record,
     audits_to,
@@ -31,13 +29,11 @@ from harden_words import (
     BARS,
     DEFAULT,
     EACH,
-    EFFECTS,
     HEAD,
     IDEAS,
     LABELS,
     OTHER_RECIPE,
     OWNERS,
-    PRICES,
     PUBLISHED,
     ROTATION,
     SUMMARY,
@@ -111,7 +107,7 @@ def bars(records: list[Any]) -> str:
         _defaults(records),
         ROTATION,
         rotation(records),
-        _flowing(TRIED.format(how="not all of them" if whole else "none of them")),
+        flowing(TRIED.format(how="not all of them" if whole else "none of them")),
         tried(records),
         SUMMARY,
         summary(records),
@@ -212,7 +208,7 @@ def labels(records: list[Any]) -> str:
         shares = (f"level {level} {share(level_of(record['found'], level))}" for level in (2, 3))
         recovered.append(f"{record['case']} {record['seed']} ({record['source']}) {', '.join(shares)}")
     header = ("run", "model", "seed", "attack", "hardened", "control", "without either")
-    about = _flowing(LABELS.format(recovered="; ".join(recovered)))
+    about = flowing(LABELS.format(recovered="; ".join(recovered)))
     judged = any(one["variant"].startswith(("mined", "kept")) for one in audits_to(records, 3))
     rest = "" if judged else UNLABELLED
     head = "### Against thieves with labels, or with inputs"
@@ -260,7 +256,7 @@ def _unjudged(records: list[Any]) -> str:
         if record["variant"] in KNOWN and record["variant"] not in judged:
             cases.setdefault(record["variant"], set()).add(f"{record['case']}, {record['source']}")
     names = [f"`{name}` ({'; '.join(sorted(where))})" for name, where in sorted(cases.items())]
-    return _flowing(f"Trained, never audited, and so not judged: {', '.join(names)}.") if names else ""
+    return flowing(f"Trained, never audited, and so not judged: {', '.join(names)}.") if names else ""
 
 
 def owners(records: list[Any]) -> str:
@@ -305,78 +301,6 @@ def adapters(records: list[Any]) -> str:
     return page("### Adapters merged by peft", table(header, lines)) if lines else ""
 
 
-def prices(records: list[Any]) -> str:
-    """Time and memory beside plain training of the same steps, of all models and seeds of a run."""
-    groups: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
-    trainings = trainings_of(records)
-    for key, record in trainings.items():
-        if record["peak"] and record["variant"].startswith(("trap", "mined", "kept")):
-            family, looks = record["case"].partition("-")[0], "plain" in record["report"]["standalone"]
-            way = record["source"], family, record["variant"], recipe_of(record), looks
-            groups.setdefault(way, []).append((trainings.get((*key[:3], "control")), record))
-    lines = []
-    for (source, family, variant, recipe, looks), pairs in groups.items():
-        both = [(before["report"]["seconds"], one["report"]["seconds"]) for before, one in pairs if before]
-        peaks = [(before["peak"] / 2**20, one["peak"] / 2**20) for before, one in pairs if before]
-        seconds = median(one["report"]["seconds"] for _, one in pairs)
-        peak = median(one["peak"] / 2**20 for _, one in pairs)
-        lines.append(
-            (
-                source, family, f"`{variant}`", recipe, len(pairs), "yes" if looks else "no",
-                f"{median(plain for plain, _ in both):.0f} s" if both else "–", f"{seconds:.0f} s",
-                number(median(one / plain for plain, one in both), 1) if both else "–",
-                f"{median(plain for plain, _ in peaks):.0f} MiB" if peaks else "–", f"{peak:.0f} MiB",
-                number(median(one / plain for plain, one in peaks)) if peaks else "–",
-            )
-        )  # fmt: skip
-    header = (
-        "run",
-        "models",
-        "way",
-        "recipe",
-        "trainings",
-        "with looks and plain training",
-        "plain",
-        "hardened",
-        "ratio",
-        "peak, plain",
-        "peak, hardened",
-        "ratio",
-    )
-    return page("### What it costs", PRICES, table(header, lines)) if lines else ""
-
-
-def effect(found: Mapping[str, Any], records: list[Any]) -> str:
-    """Side effects of one model, and of which way it is."""
-    models = found["models"]
-    names = list(dict.fromkeys(name for row in models.values() for name in row))
-    lines = [(name, *(number(models[model].get(name), 4) for model in models)) for name in names]
-    head = f"### Side effects: {found['case']}"
-    about = _flowing(EFFECTS.format(slice=found["slice"], way=_way(found, records)))
-    return page(head, about, table(("", *models), lines))
-
-
-def _way(found: Mapping[str, Any], records: list[Any]) -> str:
-    """Which hardened model side effects are of: as the file says, or that of this case whose scores are the same."""
-    known: dict[tuple[str, str], list[str]] = {}
-    trainings, models = trainings_of(records), found["models"]
-    for record in audits_to(records, 1, 2, 3):
-        alone, trained = record["found"]["standalone"], trainings.get(model_key(record))
-        far = (
-            abs(alone["plain"] - models["control"]["score"]),
-            abs(alone["protected"] - models["hardened"]["score"]),
-        )
-        same = max(far) < 1e-6 and all(record[name] == found[name] for name in ("case", "seed"))
-        if same and trained is not None and found.get("way") in (None, record["variant"]):
-            report = trained["report"]
-            how = "at a fixed λ of" if report.get("may") is None else "its λ followed what merges keep, to"
-            known.setdefault((record["variant"], f"{how} {number(report['strength'])}"), []).append(
-                record["source"]
-            )
-    ways = [f"`{way}` ({', '.join(dict.fromkeys(runs))}), {how}" for (way, how), runs in known.items()]
-    return " or ".join(ways) or (f"`{found['way']}`" if "way" in found else "a way that is not known")
-
-
 def _mark(record: Record, level: int) -> str:
     """What is to be known of a figure: it stands on one attack of its own, or on one that did not prove itself."""
     found = level_of(record["found"], level)
@@ -403,7 +327,7 @@ def _open(records: list[Any]) -> str:
             )
     count = f"{len(found)} of {len(several)} audits in this table"
     what = "the interval of a level lies above nothing, so that the task was not taken from merges"
-    return _flowing(f"In {count} {what}: {'; '.join(found)}.") if found else ""
+    return flowing(f"In {count} {what}: {'; '.join(found)}.") if found else ""
 
 
 def _defaults(records: list[Any]) -> str:
@@ -423,9 +347,4 @@ def _defaults(records: list[Any]) -> str:
     )
     other = "" if any(name.startswith("images-") for name in found) else OTHER_RECIPE
     images, texts = recipes.values()
-    return _flowing(DEFAULT.format(images=images, texts=texts, found=", ".join(found) or "none", other=other))
-
-
-def _flowing(text: str) -> str:
-    """A paragraph whose lines are as long as any, whatever was filled in."""
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+    return flowing(DEFAULT.format(images=images, texts=texts, found=", ".join(found) or "none", other=other))
