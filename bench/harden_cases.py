@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from audits import Setting, embedded, images, texts
+from unmergeable.harden.defaults import MAY
 from unmergeable.harden.objectives import Collapse, Objective, Together, Trap
-from unmergeable.harden.run import MAY
 from unmergeable.stock import load_module
 from unmergeable.tasks import open_task
 from unmergeable.tasks.task import Examples, TensorTask

@@ -332,7 +332,7 @@ def _open(records: list[Any]) -> str:
 
 def _defaults(records: list[Any]) -> str:
     """What `harden` does unless it is asked for something else, and which audits are of that."""
-    from unmergeable.harden.run import DEFAULTS
+    from unmergeable.harden.defaults import DEFAULTS
 
     ways = {"mined+collapse": "image-classification", "mined": "language-modelling"}
     recipes = {

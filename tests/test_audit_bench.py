@@ -310,3 +310,20 @@ def test_settings_are_of_what_changes_answers(same: Same) -> None:
     path.write_text(json.dumps(fields | {"layer_norm_eps": 0.1}))
     after = same.bench().settings
     assert {task for task in before if before[task] != after[task]} == {"one"}
+
+
+def test_tasks_of_other_configurations_have_modules_of_their_own(same: Same) -> None:
+    """Of one class and shape: scored with another one's settings a model would not be itself."""
+    import json
+
+    before = same.bench()
+    one, two = (before.modules[task] for task in ("one", "two"))
+    assert one is two
+    path = same.folder / "two" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_eps": 0.5}))
+    found = same.bench()
+    assert found.modules["one"] is not found.modules["two"]
+    assert [module.config.layer_norm_eps for module in (found.modules["one"], found.modules["two"])] == [
+        one.config.layer_norm_eps,
+        0.5,
+    ]

@@ -86,8 +86,8 @@ def test_all_of_the_unprotected_model_is_all(rows: list[Row], alone: float) -> N
     rows = [row("ties", "plain", (1.1, 1.0)), *(one for one in rows if one.side != "protected")]
     copied = [*rows, *(replace(one, side="protected") for one in rows if one.side == "plain")]
     level = look(copied, known)
-    assert level.reason is None or "nothing that could be recovered" in level.reason
-    if level.reason is not None:  # thieves without the model have as much
+    if level.reason is not None:  # thieves without the model have as much, or may have
+        assert "nothing that could be recovered" in level.reason or "cannot be told from" in level.reason
         return
     assert level.recovered == pytest.approx(1)
     assert level.interval == pytest.approx((1, 1))

@@ -10,7 +10,7 @@ import pytest
 
 from audit_cases import reference, row
 from score_cases import look
-from unmergeable.audit.control import controlled
+from unmergeable.audit.control import controlled, required
 from unmergeable.audit.results import verdict
 from unmergeable.audit.rows import Row
 from unmergeable.audit.scores import curve
@@ -81,7 +81,48 @@ def test_a_merge_that_never_came_through_has_all_rows_as_its_controls() -> None:
         errored("regmean", prepared="anchor-coupled"),
     ]
     assert uneven(rows, 2) == (frozenset({0, 1}), ("regmean",))
-    assert uneven([*rows, row("regmean", "protected", (0, 0))], 2) == (frozenset(), ())
+    # Nor does it count where it came through on the model as it is, which a lock breaks.
+    assert uneven([*rows, row("regmean", "protected", (0, 0))], 2) == (frozenset({0, 1}), ("regmean",))
+
+
+def test_aligned_merges_that_failed_are_no_protection() -> None:
+    """They alone might have undone the lock."""
+    raw = [
+        row(name, side, (0.6 * (side == "plain"), 0.8))
+        for name in ("ties", "full_dose")
+        for side in ("plain", "protected")
+    ]
+    aligned = [errored(name, prepared="anchor-coupled") for name in ("ties", "full_dose")]
+    level = look([*raw, *aligned], reference(), 1)
+    assert np.isnan(level.recovered)
+    assert level.reason is not None
+    assert not required([level], 1, 0.9).holds
+    # Where one of them came through, it is that one that is compared.
+    level = look(
+        [*raw, aligned[0], row("full_dose", "protected", (0.57, 0.8), prepared="anchor-coupled")],
+        reference(),
+        1,
+    )
+    assert level.recovered == pytest.approx(0.95)
+    assert level.left_out == ("ties",)
+
+
+def test_an_attack_that_did_not_prove_itself_hides_no_other() -> None:
+    """One works on the protected model, another on the unprotected one alone: neither is protection."""
+    known = reference()
+    rows = [
+        *DOSE,
+        replace(row("full_dose", "protected", (0.5, 0.8), prepared="align-procrustes"), state="unreliable"),
+        replace(row("slerp", "plain", (3.0, 0.8)), state="unreliable"),
+        replace(row("slerp", "protected", (0.0, 0.8)), state="unreliable"),
+    ]
+    found = look(rows, known, 1)
+    assert found.unproven == "as good"
+    assert found.recovered == pytest.approx(0.5 / 0.6)
+    assert found.notes == [
+        "not counted on any side: attacks that did not prove themselves and get less from the protected model, with "
+        "which less would be recovered"
+    ]
 
 
 def test_a_level_of_which_nothing_is_left_is_not_judged() -> None:
@@ -107,16 +148,16 @@ def test_neither_is_the_control_of_an_attack_that_did_not_prove_itself() -> None
     assert [one.state for one in rows] == ["done", "done", "unreliable", "unreliable"]
     assert look([*DOSE, *weak], known).recovered < 0.5
     found = look(rows, known)
-    assert found.proven
+    assert found.unproven == "none"
     assert found.recovered == pytest.approx(look(DOSE, known).recovered) == pytest.approx(0.5)
     assert found.notes == [
         "not counted on any side: attacks that did not prove themselves, with which less would be recovered"
     ]
-    assert curve(rows, known, "plain", proven=True) == curve(DOSE, known, "plain")
+    assert curve(rows, known, "plain", unproven="none") == curve(DOSE, known, "plain")
     # What it gets from the protected model is no less in a thief's hands, and then counts on both sides.
     lucky = replace(rows[3], points=row("slerp", "protected", (0.9, 0.8)).points)
     level = look([*rows[:3], lucky], known)
-    assert not level.proven
+    assert level.unproven == "all"
     assert level.recovered > 1.0
     # As good on both sides, it is no gain either.
     even = replace(rows[3], points=rows[2].points)

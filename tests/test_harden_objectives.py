@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,72 +317,3 @@ def test_draws_of_a_step_are_always_the_same() -> None:
     first = [at(number) for number in range(3)]
     assert [at(number) for number in reversed(range(3))] == first[::-1]
     assert len(set(first)) == 3
-
-
-def test_a_trainer_hardens(tmp_path: Path) -> None:
-    import transformers
-
-    from unmergeable.harden.trainer import HardeningTrainer
-
-    images, labels = thief_cases.pictures(thief_cases.PROTECTED, 96, 1)
-    data = [
-        {"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)
-    ]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=60, per_device_train_batch_size=16, gradient_accumulation_steps=2, logging_steps=5,
-        learning_rate=2e-3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    exposed = {}
-    for strength in (0.0, 1.0):
-        module, _ = opened()
-        hardening = Hardening(module, thief_cases.trained()["base"].state_dict(), strength=strength)
-        trainer = HardeningTrainer(module, arguments, train_dataset=data, hardening=hardening)
-        trainer.train()
-        logged = [entry["hardening"] for entry in trainer.state.log_history if "hardening" in entry]
-        assert len(logged) == 12
-        exposed[strength] = sum(logged[-3:]) / sum(logged[:3])
-        assert module(pixel_values=images).logits.argmax(-1).eq(labels).float().mean() > 0.9
-    assert exposed[1.0] < 0.6 * exposed[0.0]
-
-
-def test_a_trainer_goes_on_as_it_would_have(tmp_path: Path) -> None:
-    import transformers
-
-    from unmergeable.harden.trainer import HardeningTrainer
-
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(config).state_dict()
-    tokens = torch.randint(32, (32, 12))
-    data = [{"input_ids": row, "labels": row} for row in tokens]
-    found = []
-    for name, resumed in (("whole", False), ("cut", True)):
-        arguments = transformers.TrainingArguments(
-            str(tmp_path / name), max_steps=6, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-            learning_rate=2e-3, use_cpu=True, report_to=[], save_steps=3, disable_tqdm=True, logging_steps=1,
-        )  # fmt: skip
-        module = transformers.LlamaForCausalLM(config)
-        module.load_state_dict({key: 1.01 * one for key, one in base.items()})
-        trainer = HardeningTrainer(
-            module, arguments, train_dataset=data, hardening=Hardening(module, base, strength=1.0)
-        )
-        # The second goes on from the first one's checkpoint, with draws that are at their beginning.
-        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3") if resumed else None)
-        found.append({key: one.detach().clone() for key, one in module.named_parameters()})
-    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
-
-
-def test_a_trainer_of_several_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import transformers
-    from accelerate import Accelerator
-
-    from unmergeable.harden.trainer import HardeningTrainer
-
-    module, _ = opened()
-    hardening = Hardening(module, thief_cases.trained()["base"].state_dict())
-    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(UsageError, match="one process"):
-        HardeningTrainer(module, arguments, hardening=hardening)

@@ -20,8 +20,8 @@ from unmergeable.errors import InputError, UsageError
 from unmergeable.harden import search as search_module
 from unmergeable.harden import strength as strength_module
 from unmergeable.harden import train as train_module
+from unmergeable.harden.defaults import MAY
 from unmergeable.harden.objectives import Plain, Trap
-from unmergeable.harden.run import MAY
 from unmergeable.harden.strength import WIDEST, Ends, Strength
 from unmergeable.merging.tensors import load_state
 from unmergeable.tasks.task import TensorTask

@@ -206,6 +206,10 @@ def _harden(args: argparse.Namespace) -> Outcome:
     from . import _render_harden as render_harden
     from .harden import harden
 
+    if args.key is None and args.passphrase_file is not None:
+        raise UsageError(
+            "--passphrase-file belongs to locking the result", hint="give --lock, or leave it out"
+        )
     key = None if args.key is None else _key(args)
     fields = _yaml_pairs(args.set or ())
     with progress("harden", args.quiet, unit="step") as told:
@@ -250,7 +254,7 @@ def _yaml_pairs(pairs: Iterable[str]) -> dict[str, Any]:
             )
         try:
             found[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # of a date that is none
             raise UsageError("not a value", where=f"--set {pair}", expected="YAML") from None
     return found
 

@@ -36,18 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 interrupted, 143 terminated.
     """
     args: argparse.Namespace | None = None
+    given = list(sys.argv[1:] if argv is None else argv)
     mend_streams()
     with suppress(ValueError):  # raised outside of the main thread: somebody else's signals
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(given)
         from ._commands import run
 
         outcome = run(args)
         _print(args, outcome)
         return outcome.code
     except UnmergeableError as error:
-        return _report(args, error)
+        return _report(args, error, asked="--json" in given)
     except ImportError as error:
         if args is None or (error.name or "").partition(".")[0] in ("", __package__):
             return _unexpected(args, error)
@@ -100,12 +101,12 @@ def _print(args: argparse.Namespace, outcome: Outcome) -> None:
         print(f"unmergeable: {note}", file=sys.stderr)
 
 
-def _report(args: argparse.Namespace | None, error: UnmergeableError) -> int:
-    if args is not None and getattr(args, "json", False):
+def _report(args: argparse.Namespace | None, error: UnmergeableError, *, asked: bool = False) -> int:
+    """Say what went wrong; as a document too where one was asked for: `asked`, of a command line that is not read."""
+    if getattr(args, "json", False) or (args is None and asked):
+        verb = None if args is None else args.verb
         try:
-            _print_json(
-                {"document": "unmergeable.error", "version": 1, "command": args.verb, **error.as_dict()}
-            )
+            _print_json({"document": "unmergeable.error", "version": 1, "command": verb, **error.as_dict()})
             sys.stdout.flush()
         except BrokenPipeError:
             _nobody_reads()  # what went wrong decides the exit code all the same

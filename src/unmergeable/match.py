@@ -208,8 +208,15 @@ def _leftovers(spec: Spec, shapes: Shapes, parts: Mapping[str, object]) -> list[
         name
         for name in _counted(spec, shapes)
         if name not in parts and not any(regex.fullmatch(one) for one in spellings(name) for regex in known)
+        if not _is_mask(name, shapes[name])
     ]
     return [f"unexpected {name} of shape {list(shapes[name])}" for name in left]
+
+
+def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is a causal mask, which classes stored with the weights once, and compute and do not read now."""
+    square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return square and name.endswith((".bias", "mask"))
 
 
 def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:

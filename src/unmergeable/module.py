@@ -128,6 +128,13 @@ class _Weights:
         return np.asarray(self._tensors[name].to("cpu", torch.float64).numpy())
 
 
+def _is_stock(kind: type) -> bool:
+    """Whether a class is transformers' own, by the name under which it is found there."""
+    import transformers
+
+    return getattr(transformers, kind.__name__, None) is kind
+
+
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor of the state dict once, under its first name: tied ones share their memory."""
     seen: set[tuple[object, ...]] = set()
@@ -160,14 +167,13 @@ def _match(
             raise InputError("the module has no config", where=where, hint="pass config=")
         # As config.json has it: its keys are text.
         fields = json.loads(json.dumps(own.to_dict(), default=str))
-    fields["architectures"] = fields.get("architectures") or [where]
-    if spec is None and (
-        type(model).__module__.split(".")[0] != "transformers" or where not in fields["architectures"]
-    ):
+    if _is_stock(type(model)):
+        # What its checkpoint would say: loaded from one of another class, the config still names that.
+        fields["architectures"] = [where]
+    elif spec is None:
         raise UnknownArchitecture(
-            "the module is of another class than its config says, and no proof is of that",
+            "the module is of a class that is not one of transformers', and no proof is of that",
             where=f"{type(model).__module__}.{where}",
-            expected=f"transformers' {fields['architectures'][0]}",
             hint="give a spec of your own by spec=",
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

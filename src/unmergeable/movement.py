@@ -77,12 +77,12 @@ class Movement:
     def measured(self) -> dict[tuple[int, Instance], float | None]:
         """Relative movement by (number of the site, instance).
 
-        None where no tensor was sampled, that is where all are one-dimensional; 0.0 where all weights are zero.
+        None where nothing can move: no tensor was sampled, for all are one-dimensional, or all weights are zero.
         """
         out: dict[tuple[int, Instance], float | None] = {}
         for key in self._elements:
             sums = self._sums.get(key)
             norm = fsum(n for _, n in sums) if sums else 0.0
             moved = fsum(m for m, _ in sums) if sums else 0.0  # fsum: the same in any order
-            out[key] = None if sums is None else sqrt(moved / norm) if norm else 0.0
+            out[key] = None if sums is None else sqrt(moved / norm) if norm else None
         return out

@@ -16,11 +16,22 @@ from typing import Any
 
 from .errors import UsageError
 
-__all__ = ["REQUIRED", "Option", "assign", "declared", "unknown"]
+__all__ = ["REQUIRED", "SEEDS", "Option", "assign", "check_seed", "declared", "unknown"]
 
+SEEDS = 2**63 - 10  # more than torch takes: some parts draw with a few seeds after the one that is given
 REQUIRED = inspect.Parameter.empty  # the default of an option that has none
 _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 _SEVERAL = {"Sequence", "Iterable", "Collection", "tuple", "list"}
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        UsageError: not a whole number from 0 to `SEEDS`.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise UsageError("no seed", where="seed", expected="0 to 2⁶³ − 11", got=seed)
 
 
 @dataclass(frozen=True)

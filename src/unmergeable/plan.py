@@ -174,8 +174,8 @@ def find_match(source: Checkpoint, spec: SpecLike | None) -> Match:
         raise InputError("there is no config.json", where=source.root, hint=hint)
     from .specs import spec_of
 
-    beside = source.root / GENERATION
-    generation = load_json(beside) if not source.single_file and beside.is_file() else {}
+    beside = (source.root.parent if source.single_file else source.root) / GENERATION
+    generation = load_json(beside) if beside.is_file() else {}
     try:
         found, canonical = spec_of(spec, config, shapes, generation, str(source.root))
     except Contradiction:

@@ -106,27 +106,56 @@ def saved_names(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Returns: {name in memory: name in the files}; empty where transformers is not there, or has no such class.
     """
+    held, saved = _on_meta(path, keep_vars=False)
+    # What is cut or put together on the way is another tensor.
+    known = {id(tensor): name for name, tensor in held.items()}
+    return {known[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in known}
+
+
+def class_tensors(path: str | os.PathLike[str]) -> list[tuple[str, ...]]:
+    """The names of all tensors that a checkpoint's class has in its files; those of one and the same tensor together.
+
+    No weights are read.
+
+    Args:
+        path: a checkpoint's folder, or a file by itself, of which nothing is known.
+
+    Returns: empty where transformers is not there, or has no such class.
+    """
+    if not (Path(path) / "config.json").is_file():
+        return []
+    _, saved = _on_meta(path, keep_vars=True)
+    found: dict[int, list[str]] = {}
+    for name, tensor in saved.items():
+        found.setdefault(id(tensor), []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+def _on_meta(
+    path: str | os.PathLike[str], *, keep_vars: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The state dict of a checkpoint's class, without memory: by the names in memory, and by those of files.
+
+    Both empty where transformers is not there, or has no such class. keep_vars: tied tensors are one object.
+    """
     try:
         import torch
         import transformers
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
-        return {}
+        return {}, {}
     config = load_json(Path(path) / "config.json")
     found = model_class(config)
     if found is None:
-        return {}
+        return {}, {}
     with quiet(), torch.device("meta"):
         try:
             settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
             model = found(settings)
-            held = model.state_dict()
-            saved = revert_weight_conversion(model, dict(held))
+            held = model.state_dict(keep_vars=keep_vars)
+            return held, revert_weight_conversion(model, dict(held))
         except Exception:  # a class may refuse a configuration in any way; then nothing is known of its names
-            return {}
-    # What is cut or put together on the way is another tensor.
-    known = {id(tensor): name for name, tensor in held.items()}
-    return {known[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in known}
+            return {}, {}
 
 
 def module_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -254,7 +254,8 @@ def prepare_unlock(
         changed = _differing_layout(member, part, opened.single_file)
         altered += changed
         shapes = {name: info.shape for name, info in member.source.tensors.items()}
-        member.match = match_spec(detail.spec, shapes, {}, str(member.source.root))
+        # Another head than it was locked with is a change like others: what no site acts on is left as it is.
+        member.match = match_spec(detail.spec, shapes, {}, str(member.source.root), whole=False)
         draw(member, found.method, key, found.salt, found.options, recorded=detail.recorded)
         if not changed and not (accept and detail.headers and _differing_tensors(member.source, part)):
             _restore(member, detail, opened.single_file)

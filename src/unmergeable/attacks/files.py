@@ -30,6 +30,7 @@ from ..errors import InputError, UsageError
 from ..execute import apply_plan
 from ..groups import Floats
 from ..match import Match
+from ..options import check_seed
 from ..plan import ConfigLike, SpecLike, find_match, read_config
 from ..transform import Array, compile_tensor
 from . import NEEDS, AttackReport, Case, Outcome, Progress, attack_named
@@ -78,6 +79,7 @@ def attack_files(
 ) -> AttackReport:
     """As `attacks.attack`."""
     started = time.monotonic()
+    check_seed(seed)
     chosen = attack_named(name)
     other = _other(name, chosen.needs, base, anchor)
     with ExitStack() as stack:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FEWEST = 4  # examples of a task
 HALVES = ("screen", "validation", "test")
 CLASSIFIERS = ("image-classification", "text-classification")
+GENERATING = ("lm-eval", "python")  # whose scores may be of text that a model generates
 # Fields of a model's configuration that say where it is from, or how it was stored.
 _ASIDE = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
@@ -55,7 +56,8 @@ class Bench:
         tasks: by name, the protected one first. index: by half and task, which examples.
         modules: by task, a module of its class to run states in; several tasks may share one.
         base: without what is private. models: "protected", "plain" and, by task, the others.
-        heads: by the same names, what is private to each.
+        heads: by the same names, what is private to each. unlike: roles of the protected task's models whose
+            configuration is not the protected one's, with which they are run.
         paths: of all models, as folders that stock classes open.
         hashes: by role, SHA-256 of its tensors, the base's without what is private. settings: by task, that of
             the configuration that models are run with.
@@ -101,7 +103,18 @@ class Bench:
         folded = self.work / "adapters" / hashlib.sha256(str(path).encode()).hexdigest()[:16]
         if not folded.exists():
             folded.parent.mkdir(parents=True, exist_ok=True)
-            once(folded, lambda: write_merged(folded, load_model(path, load_state(base), folder=base), base))
+            try:
+                once(
+                    folded,
+                    lambda: write_merged(folded, load_model(path, load_state(base), folder=base), base),
+                )
+            except InputError as error:
+                raise InputError(
+                    "the adapter cannot be folded into the base",
+                    where=path,
+                    got=error,
+                    hint="fold it yourself, by peft's merge_and_unload, and give that model",
+                ) from error
         return folded
 
     def _load(self) -> None:
@@ -128,7 +141,16 @@ class Bench:
             "base": digest(self.base),
             **{role: digest(state) for role, state in self.models.items()},
         }
-        self.settings = {task: _settings(modules[self._role(task)]) for task in self.tasks}
+        self.settings = {
+            task: _settings(modules[self._role(task)], generates=opened.kind in GENERATING)
+            for task, opened in self.tasks.items()
+        }
+        own = _settings(modules["protected"])
+        self.unlike = [
+            role
+            for role in modules
+            if (role == "plain" or role.startswith(RELEASE)) and _settings(modules[role]) != own
+        ]
         self.distances = {role: distance(self.base, state) for role, state in self.models.items()}
         self.parameters = {
             role: sum(t.numel() for t in state.values()) for role, state in {"base": base, **states}.items()
@@ -162,12 +184,12 @@ class Bench:
         return "protected" if task == self.protected else task
 
     def _shared(self, modules: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
-        """One module for all tasks whose models are of one class and shape."""
+        """One module for all tasks whose models are of one class, shape and configuration."""
         known: dict[Any, torch.nn.Module] = {}
         found = {}
         for task, module in modules.items():
             shapes = tuple((name, tuple(t.shape)) for name, t in module_state(module).items())
-            found[task] = known.setdefault((type(module), shapes), module)
+            found[task] = known.setdefault((type(module), shapes, _settings(module)), module)
         return found
 
     def _private(
@@ -256,10 +278,13 @@ def digest(state: State) -> str:
     return found.hexdigest()
 
 
-def _settings(module: torch.nn.Module) -> str:
-    """SHA-256 of a model's configuration, but for what does not change its answers."""
+def _settings(module: torch.nn.Module, *, generates: bool = False) -> str:
+    """SHA-256 of a model's configuration, but for what does not change its answers; of how it generates, if it does."""
     config: Any = getattr(module, "config", None)
-    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    fields = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+    how: Any = getattr(module, "generation_config", None)
+    if generates and how is not None:
+        fields["generation"] = how.to_dict()
     kept = {name: value for name, value in fields.items() if name not in _ASIDE and name[:1] != "_"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from ..checkpoint.files import open_regular
 from ..checkpoint.problems import Problems, quoted
 from ..errors import InputError
+from ..options import SEEDS
 from ..tasks.fields import Fields, Function, TaskFields
 from ..tasks.parsing import try_fields
 from .rows import LEVELS
@@ -56,7 +57,7 @@ class AuditFields(Fields):
     private: Literal["auto"] | tuple[str, ...] = "auto"
     levels: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1)
     attacks: tuple[str, ...] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
     device: str = "auto"
 
 
@@ -180,10 +181,25 @@ def _check_names(config: Config, problems: Problems) -> None:
 
 def _check_attacks(config: Config, problems: Problems) -> None:
     """Names that the suite lacks, a device that is not there, levels whose thieves have nothing to learn from."""
+    from ..attacks.prepare import COLLUSIONS
     from .bench import pick_device
-    from .suite import names
+    from .suite import access, names
 
-    known = names()
+    known, releases = names(), config.fields.protected.releases
+    if config.fields.attacks is not None and not config.fields.attacks:
+        problems.add("no attacks are named", where="attacks", hint="leave it out for the whole suite")
+    if not releases and (alone := [name for name in config.fields.attacks or () if name in COLLUSIONS]):
+        hint = "name them in protected.releases, or leave it out"
+        problems.add(
+            "an attack by two releases of the protected model", where="attacks", got=alone[0], hint=hint
+        )
+    if beyond := [
+        name for name in config.fields.attacks or () if name in known and access(name) > max(config.levels)
+    ]:
+        expected = f"levels: [{access(beyond[0])}] or above"
+        problems.add(
+            "an attack of a level that is not audited", where="attacks", expected=expected, got=beyond[0]
+        )
     if unknown := [name for name in config.fields.attacks or () if name not in known]:
         expected, got = ", ".join(known), ", ".join(unknown)
         problems.add("the suite has no such attacks", where="attacks", expected=expected, got=got)

@@ -123,7 +123,8 @@ def _text(
     folder: Path,
 ) -> str:
     def relative(path: Path) -> str:
-        return _scalar(os.path.relpath(path, folder or "."))
+        # The folder may be a link: its own parent is not what `..` leads to.
+        return _scalar(os.path.relpath(os.path.realpath(path), os.path.realpath(folder or ".")))
 
     tasks = {path: _scalar(name) for path, name in _names([plain, *others]).items()}
     tasks[protected] = tasks[plain]

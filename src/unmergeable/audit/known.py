@@ -158,6 +158,18 @@ def _standalone(
 
 
 def _notes(bench: Bench) -> list[str]:
+    return [
+        *(
+            f"{role} has another configuration than the protected model, and is run with that one's: its score is not "
+            "what it gives by itself"
+            for role in bench.unlike
+        ),
+        *_far(bench),
+    ]
+
+
+def _far(bench: Bench) -> list[str]:
+    """What makes the base doubtful."""
     notes = []
     for role, far in bench.distances.items():
         if role != "protected" and not role.startswith(RELEASE) and far > FAR:

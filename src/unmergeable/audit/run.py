@@ -244,7 +244,7 @@ def _result(
         tasks=known.tasks,
         standalone=known.standalone,
         curve={
-            side: curve(rows, reference, side, proven=levels[-1].proven) for side in ("protected", "plain")
+            side: curve(rows, reference, side, unproven=levels[-1].unproven) for side in ("protected", "plain")
         },
         grid=full_dose_grid(rows),
         left_out=[

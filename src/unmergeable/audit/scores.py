@@ -24,7 +24,7 @@ import numpy as np
 
 from .resampling import drawn, shares_of
 from .rows import LEVELS, SIDES, Floats, Point, Row, Scores, Side
-from .uneven import uneven
+from .unproven import Unproven, uncounted
 
 FLOORS = (0.0, 0.25, 0.5, 0.75)
 RESAMPLES = 2000
@@ -115,7 +115,7 @@ class Level:
         joint: by side, the best min(value, own).
         reason: why nothing can be said; None if it can.
         left_out: attacks that failed on the protected model alone, and are counted on no side.
-        proven: whether those that did not prove themselves are counted on no side either.
+        unproven: which attacks that did not prove themselves are counted.
         stands_on: rows that the figure stands on: the best one of each level up to this one.
     """
 
@@ -128,7 +128,7 @@ class Level:
     reason: str | None = None
     left_out: tuple[str, ...] = ()
     stands_on: tuple[int, ...] = ()
-    proven: bool = False
+    unproven: Unproven = "all"
 
     @property
     def notes(self) -> list[str]:
@@ -137,9 +137,11 @@ class Level:
         if self.left_out:
             names = ", ".join(self.left_out)
             said.append(f"not counted on any side, for they failed on the protected model: {names}")
-        if self.proven:
+        if self.unproven != "all":
+            which = "" if self.unproven == "none" else " and get less from the protected model"
             said.append(
-                "not counted on any side: attacks that did not prove themselves, with which less would be recovered"
+                f"not counted on any side: attacks that did not prove themselves{which}, with which less would be "
+                "recovered"
             )
         return said
 
@@ -194,8 +196,8 @@ def judge(
     """What thieves at a level of access get.
 
     An attack that did not prove itself is no evidence: where it works on the unprotected model alone, that is no
-    protection, and where it works on the protected one, a thief has what it gives. So they are counted on both sides
-    or on neither, whichever shows less protection.
+    protection, and where it works on the protected one, a thief has what it gives. So all of them are counted, none, or
+    those that get as much from the protected model as from the other, whichever shows least protection.
 
     Args:
         rows: of the whole audit; those of higher levels are left out.
@@ -203,20 +205,22 @@ def judge(
         level: of access.
         seed, resamples: of the bootstrap.
     """
-    found = _judged(rows, reference, level, seed, resamples, proven=False)
+    found = _judged(rows, reference, level, seed, resamples, "all")
     if not any(
         row.points for number, row in enumerate(rows) if row.level <= level and row.state == "unreliable"
     ):
         return found
-    proven = _judged(rows, reference, level, seed, resamples, proven=True)
-    less = proven.reason is not None or found.reason is not None or proven.recovered > found.recovered
-    return proven if less else found
+    proven = _judged(rows, reference, level, seed, resamples, "none")
+    if proven.reason is not None or found.reason is not None:
+        return proven
+    better = _judged(rows, reference, level, seed, resamples, "as good")
+    return max((found, proven, better), key=lambda one: one.recovered)
 
 
 def _judged(
-    rows: Sequence[Row], reference: Reference, level: int, seed: int, resamples: int, *, proven: bool
+    rows: Sequence[Row], reference: Reference, level: int, seed: int, resamples: int, unproven: Unproven
 ) -> Level:
-    without, names = _uncounted(rows, level, proven)
+    without, names = uncounted(rows, reference, level, unproven)
     pools = {side: _pool(rows, reference, level, side, without) for side in SIDES}
     floors = tuple(
         Floor(asked, floor, _chosen(pools, reference, floor))
@@ -236,7 +240,7 @@ def _judged(
         )
     if reason is not None:
         nothing = (np.nan, np.nan)
-        return Level(level, floors, np.nan, nothing, gains, joint, reason, names, proven=proven)
+        return Level(level, floors, np.nan, nothing, gains, joint, reason, names, unproven=unproven)
     locked, plain = _bootstrap(pools, reference, seed, resamples)
     edge = 100 * (1 - COVERAGE) / 2
     least = float(np.percentile(plain, edge, method="lower")) if len(plain) else 0.0
@@ -246,22 +250,14 @@ def _judged(
             f"interval from {least:.2f}) cannot be told from nothing: more examples may tell"
         )
         nothing = (np.nan, np.nan)
-        return Level(level, floors, np.nan, nothing, gains, joint, reason, names, proven=proven)
+        return Level(level, floors, np.nan, nothing, gains, joint, reason, names, unproven=unproven)
     with np.errstate(divide="ignore", invalid="ignore"):
         # Where the unprotected model gives nothing and the protected one something, all is recovered and more.
         drawn = np.where(plain > 0, locked / plain, np.where(locked > 0, np.inf, np.nan))
     low, high = np.nanpercentile(drawn, [edge, 100 - edge])
     recovered = gains["protected"] / gains["plain"]
     interval = float(low), float(high)
-    return Level(level, floors, recovered, interval, gains, joint, None, names, proven=proven)
-
-
-def _uncounted(rows: Sequence[Row], level: int, proven: bool) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Rows that count on no side, by their place, and the names of those of attacks that an error stopped."""
-    without, names = uneven(rows, level)
-    if proven:
-        without |= {number for number, row in enumerate(rows) if row.state == "unreliable"}
-    return without, names
+    return Level(level, floors, recovered, interval, gains, joint, None, names, unproven=unproven)
 
 
 def _pool(
@@ -361,14 +357,14 @@ def _bootstrap(
 
 
 def curve(
-    rows: Sequence[Row], reference: Reference, side: Side, *, proven: bool = False
+    rows: Sequence[Row], reference: Reference, side: Side, *, unproven: Unproven = "all"
 ) -> list[tuple[float, float]]:
     """What a thief gets for what he spends: (forward passes, mean G over the floors), test examples.
 
-    At each cost the union of all attacks that cost no more, as `judge` chooses; `proven` as of a level.
+    At each cost the union of all attacks that cost no more, as `judge` chooses; `unproven` as of a level.
     """
     levels = max(LEVELS)
-    taken_out, _ = _uncounted(rows, levels, proven)
+    taken_out, _ = uncounted(rows, reference, levels, unproven)
     rows = [row for number, row in enumerate(rows) if number not in taken_out]
     prices = sorted({row.cost.forwards for row in rows if row.points and row.side in (side, "without")})
     found: list[tuple[float, float]] = []

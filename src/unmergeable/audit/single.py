@@ -24,9 +24,8 @@ from ..merging.check import facts
 from ..merging.tensors import load_state
 from ..merging.vectors import is_adapter
 from ..merging.wide_checkpoint import wide_checkpoint
-from ..merging.write import write_merged
+from ..merging.write import saved_state, write_merged
 from ..options import declared, unknown
-from ..stock import quiet
 from .bench import Bench
 from .config import make_config, read_config
 from .explore import MIXES, Explorer
@@ -186,21 +185,22 @@ def _write(
     target: Path,
 ) -> None:
     """What the thief gets, as a checkpoint with the target's files and head."""
+    module: Any = bench.modules[bench.protected]
     if isinstance(subject, Merged):
         # Stock classes have names of their own in memory; saving brings back those that files have.
-        module: Any = bench.modules[bench.protected]
         fill(module, subject.for_task(bench.protected))
-        saved = bench.work / "merged"
-        with quiet():
-            module.save_pretrained(saved)
-        write_merged(dst, load_state(saved), target)
+        write_merged(dst, saved_state(module, bench.work / "merged", target), target)
         return
     assert isinstance(attack, Wide)
     weights = {bench.protected: options["dose"], **dict.fromkeys(bench.others, options["others"])}
     paths = [target, *(bench.paths[task] for task in bench.others)]
     if options["base"]:
         weights["base"] = 1 - sum(weights.values())
-        paths.append(bench.paths["base"])
+        # Its body under the target's head: the base may be of another class.
+        fill(module, bench.alone("base").for_task(bench.protected))
+        base = bench.work / "wide-base"
+        write_merged(base, saved_state(module, bench.work / "saved", target), target)
+        paths.append(base)
     private = tuple(bench.heads["protected"])
     wide_checkpoint(dst, paths, list(weights.values()), private=private)
 

@@ -69,6 +69,11 @@ def merge_attack(name: str) -> MergeAttack:
     return found[name]
 
 
+def access(name: str) -> int:
+    """The level of a name that a configuration may choose."""
+    return merge_attack(name).access if name in merge_attacks() else 1
+
+
 def names() -> list[str]:
     """Everything that a configuration may choose by `attacks:`."""
     merges = [name for name in merge_attacks() if name != PROBE_MERGE.name]  # comes with every preparation

@@ -15,18 +15,22 @@ from .rows import Row
 def uneven(rows: Sequence[Row], level: int) -> tuple[frozenset[int], tuple[str, ...]]:
     """Rows to be taken out at a level of access, by their place, and the names of the attacks.
 
-    The control of an attack is the row of the same chain. Sides may differ in what they do to the model first:
-    where a merge failed after every preparation that was tried on the protected model, all its rows are controls.
+    The control of an attack is the row of the same chain. Sides may differ in what they do to the model first: of a
+    merge that failed after a preparation which the unprotected model does not need, the merge by itself is the control,
+    also where it was tried on the protected model as it is, for that is what a lock breaks. Where it failed after every
+    preparation that was tried on the protected model, all its rows are controls.
     """
     within = [row for row in rows if row.level <= level]
     failed = {row.chain for row in within if row.side == "protected" and row.errored}
     tried = {row.chain[-1] for row in within if row.side == "protected" and not row.errored}
     never = {chain[-1] for chain in failed} - tried
     # What fails on both models shows nothing of either, and leaves nothing to take out.
+    held = {row.chain for row in within if row.side == "plain"}
+    wanted = {chain if chain in held else chain[-1:] for chain in failed}
     controls = {
         row.chain
         for row in within
-        if row.side == "plain" and row.points and (row.chain in failed or row.chain[-1] in never)
+        if row.side == "plain" and row.points and (row.chain in wanted or row.chain[-1] in never)
     }
     numbers = frozenset(
         number

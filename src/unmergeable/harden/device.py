@@ -23,14 +23,14 @@ def accelerating(device: str, precision: str) -> Iterator[Accelerator]:
     Raises:
         UsageError: the process uses accelerate already, otherwise than this.
     """
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
 
     from ..audit.bench import pick_device
 
     placed = pick_device(device)
     able = placed.type == "cuda" and torch.cuda.is_bf16_supported()
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and able) else "no"
-    ours = not AcceleratorState._shared_state
+    ours, alone = not AcceleratorState._shared_state, not PartialState._shared_state
     # accelerate takes the process's GPU, whichever was asked for.
     chosen = torch.cuda.device(placed) if placed.type == "cuda" else nullcontext()
     try:
@@ -47,7 +47,7 @@ def accelerating(device: str, precision: str) -> Iterator[Accelerator]:
             yield made
     finally:
         if ours:
-            AcceleratorState._reset_state(reset_partial_state=True)
+            AcceleratorState._reset_state(reset_partial_state=alone)
 
 
 def checkpoint_activations(module: torch.nn.Module) -> None:

@@ -66,7 +66,8 @@ class Objective(Protocol):
     """One way of hardening, with where it is from.
 
     One that learns from hidden states says so by an attribute, `states = True`: models without them are then refused
-    before anything is trained.
+    before anything is trained. A training that was killed goes on from its checkpoint if the objective's `repr` is what
+    it was, as a dataclass's is: Python's own names the object, and training begins anew.
     """
 
     @property

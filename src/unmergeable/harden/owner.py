@@ -14,7 +14,7 @@ from ..checkpoint import open_checkpoint
 from ..errors import InputError, RunError
 from ..merging.grids import free_memory
 from ..merging.tensors import load_state, rename_like, split
-from ..merging.vectors import TaskVector, apply_vector, is_adapter, load_adapter
+from ..merging.vectors import TaskVector, apply_vector, check_adapter, is_adapter, load_adapter
 from ..merging.write import FLOATS, write_merged
 from ..stock import load_module, module_state
 from ..tasks import open_task
@@ -143,7 +143,10 @@ class Owner:
     def _whole(self, held: State, origin: State, expert: Path) -> Weights:
         """All weights that the base has, and no others, are trained."""
         shared = split(origin, {"the fine-tune": held}).shared
-        parameters = [name for name, _ in self.module.named_parameters() if name in shared]
+        # What the class computes itself, a table of positions perhaps, is in no file.
+        computed = getattr(self.module, "_keys_to_ignore_on_save", None) or ()
+        names = [name for name, _ in self.module.named_parameters() if name not in computed]
+        parameters = [name for name in names if name in shared]
         if not parameters:
             raise InputError("nothing that the base has can be trained", where=expert)
         for name, one in self.module.named_parameters():
@@ -155,6 +158,7 @@ class Owner:
         """The adapter's low-rank matrices are trained, and nothing else."""
         from peft import PeftModel
 
+        check_adapter(expert)
         try:
             self.module = PeftModel.from_pretrained(self.module, str(expert), is_trainable=True)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:

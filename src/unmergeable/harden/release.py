@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Staging
 from ..errors import InputError
-from ..merging.tensors import load_state
 from ..merging.vectors import WEIGHTS
-from ..merging.write import write_merged
+from ..merging.write import saved_state, write_merged
 from ..stock import quiet
 
 if TYPE_CHECKING:
@@ -25,18 +23,17 @@ def write(owner: Owner, source: Path, target: Path, work: Path, lock: Key | None
     from ..lock import lock as lock_checkpoint
 
     module: Any = owner.module
-    # peft asks the hub by itself whether an adapter's base has other embeddings: its files here say so.
-    more = {"save_embedding_layers": False} if owner.adapter else {}
     with tempfile.TemporaryDirectory(dir=work) as folder:
         saved, hardened = Path(folder) / "saved", Path(folder) / "hardened"
-        with quiet():
-            module.save_pretrained(saved, **more)
         if owner.adapter:
+            # peft asks the hub by itself whether an adapter's base has other embeddings: its files here say so.
+            with quiet():
+                module.save_pretrained(saved, save_embedding_layers=False)
             _adapter(saved, source, target)
         elif lock is None:
-            write_merged(target, load_state(saved), source)
+            write_merged(target, saved_state(module, saved, source), source)
         else:
-            write_merged(hardened, load_state(saved), source)
+            write_merged(hardened, saved_state(module, saved, source), source)
             lock_checkpoint(hardened, target, key=lock)
 
 
@@ -55,10 +52,3 @@ def _adapter(saved: Path, source: Path, target: Path) -> None:
         found = {name: tensor.to(before[name].dtype).contiguous() for name, tensor in trained.items()}
         save_file(found, staged.path / WEIGHTS, metadata={"format": "pt"})
         staged.commit()
-
-
-def clear(folder: Path) -> None:
-    """Remove a training's checkpoints, and nothing else that may lie beside them."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # not there, or not empty
-        folder.parent.rmdir()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -15,23 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
-from ..audit.init import kind_of
 from ..audit.separation import check_separation, separation
 from ..checkpoint import check_destination, open_checkpoint
-from ..checkpoint.files import load_json
 from ..errors import ClaimError, InputError, UsageError
 from ..merging.vectors import is_adapter
+from ..options import check_seed
 from ..stock import memory
 from . import HardenReport, Progress
+from .defaults import MAY, OBJECTIVE, kind_of_task, labels_of, made_of, may_of, settings_of
 from .device import PRECISIONS, accelerating, checkpoint_activations
-from .directions import check_made
 from .journal import Trial
 from .measure import Measure
 from .objectives import Objective, needs_states
 from .objectives import objective as objective_of
-from .owner import KINDS, Owner
-from .release import clear, write
+from .owner import Owner
+from .places import Places
+from .release import write
 from .search import LEAST, lost, search
 from .train import Settings
 
@@ -39,21 +36,9 @@ if TYPE_CHECKING:
     from ..keys import Key
     from ..tasks.task import TensorTask
 
-# By kind of task: what a training is, unless it is asked for otherwise.
-DEFAULTS = {
-    "image-classification": Settings(strength=0.15, steps=300, rate=3e-4, batch=64),
-    "text-classification": Settings(strength=0.15, steps=300, rate=1e-4, batch=32),
-    "sequence-to-sequence": Settings(strength=0.3, steps=600, rate=3e-4, batch=16),
-    "language-modelling": Settings(strength=0.3, steps=1200, rate=5e-4, batch=16),
-}
-# Where it is not the trap alone: beside it, hidden states that are alike cost less for as much; of text they do not.
-OBJECTIVE = {"image-classification": "trap+collapse"}
-SUFFIX = ".hardening"
-# Of the task, that simulated merges may keep on average; text models give away more at as much.
-MAY, MAY_TEXT = 0.1, 0.02
 SAID = 1.0  # point, or per cent, of loss that is worth a note
 # What helps where a step does not fit a device.
-STEP = "give a smaller batch, gradient checkpointing, or bf16; the same command goes on from its checkpoint"
+STEP = "give gradient checkpointing, with which the same command goes on; or a smaller batch, or bf16"
 
 
 def run_harden(
@@ -95,18 +80,17 @@ def run_harden(
             "no such precision", where="precision", expected=" | ".join(PRECISIONS), got=precision
         )
     _check_there(source, Path(base))
-    if not 0 <= seed < 2**63 - 10:
-        raise UsageError("no seed", where="seed", expected="0 to 2⁶³ − 11", got=seed)
-    kind = _kind(Path(base) if adapter else source, task)
+    check_seed(seed)
+    kind = kind_of_task(Path(base) if adapter else source, task)
     chosen = named or objective_of(OBJECTIVE.get(kind, "trap"))
-    settings = _settings(kind, strength, steps, rate, batch, seed)
+    settings = settings_of(kind, strength, steps, rate, batch, seed)
     settings = replace(
         settings,
-        may=_may(may, kind, strength, max_loss, chosen),
-        labels=_labels(labels, chosen, control is not None),
+        may=may_of(may, kind, strength, max_loss, chosen),
+        labels=labels_of(labels, chosen, control is not None),
     )
     if made is not None:
-        settings = replace(settings, made=_made(made, proxies))
+        settings = replace(settings, made=made_of(made, proxies))
     if max_loss is not None and not max_loss >= 0:
         raise UsageError("no loss that can be allowed", where="max_loss", expected="0 or more", got=max_loss)
     _check_there(Path(data), *map(Path, proxies))
@@ -118,20 +102,23 @@ def run_harden(
     else:
         with open_checkpoint(source) as checkpoint:
             check_destination(checkpoint.root, target, checkpoint.nbytes)
-    beside = None if control is None else Path(control)
-    if beside is not None:
-        _check_beside(source, target, beside)
+    own = [name for name in ("kind", "data") if name in (fields or {})]
+    if own:
+        hint = "give the data, and the kind of task, as arguments of their own"
+        raise UsageError("not a further field of the task", where="fields", got=own[0], hint=hint)
     written = {"kind": kind, "data": str(data), **dict(fields or {})}
-    progress_folder = target.with_name(target.name + SUFFIX)
-    folder = progress_folder / _digest(source, base, written, proxies, chosen, settings, max_loss)
+    others = [Path(path) for path in proxies]
+    places = Places(source, target, None if control is None else Path(control))
     with (
         accelerating(device, precision) as accelerator,
         tempfile.TemporaryDirectory(prefix="unmergeable-harden-") as work,
     ):
+        machine = accelerator.device.type, accelerator.mixed_precision
+        models = [source, Path(base), *others]
+        folder = places.training(models, written, chosen, settings, [max_loss, *machine])
+        there = control is not None and places.check_control(folder)
         with memory(accelerator.device, "the models", "free the device, or train on another one"):
-            owner = Owner(
-                source, Path(base), written, [Path(path) for path in proxies], Path(work), accelerator
-            )
+            owner = Owner(source, Path(base), written, others, Path(work), accelerator)
         if checkpointing:
             checkpoint_activations(owner.module)
         # A training must not fail at its end: what it begins with is written, and locked, for once.
@@ -147,18 +134,19 @@ def run_harden(
             exposed = measure.exposure()
         with memory(owner.device, "a step", STEP):
             trials, taken, state, plain = search(
-                owner, chosen, settings, accelerator, measure, max_loss, beside is not None, steps is None, folder,
+                owner, chosen, settings, accelerator, measure, max_loss, control is not None, steps is None, folder,
                 progress,
             )  # fmt: skip
         if taken is None or state is None:
-            clear(folder)  # nothing goes on from here: whatever the owner changes is another training
+            places.clear(folder)  # nothing goes on from here: whatever the owner changes is another training
             raise _refused(source, trials, measure, max_loss)
-        if beside is not None and plain is not None:
+        if places.control is not None and plain is not None and not there:
             owner.weights.load(plain.weights)
-            write(owner, source, beside, Path(work), None)
+            write(owner, source, places.control, Path(work), None)
+            places.note_control(folder)
         owner.weights.load(state)
         write(owner, source, target, Path(work), lock)
-    clear(folder)
+    places.clear(folder, all_of_them=True)
     alone = None if plain is None else plain.standalone
     return HardenReport(
         expert=str(expert),
@@ -211,13 +199,6 @@ def _stateless(source: Path, objective: Objective) -> InputError:
         got=objective.name,
         hint="give another objective: trap learns from answers alone",
     )
-
-
-def _check_beside(source: Path, target: Path, control: Path) -> None:
-    """Where the control goes: as the result, and not in one place with it."""
-    if control.absolute() == target.absolute():
-        raise UsageError("the control and the result cannot be the same folder", where="control", got=control)
-    check_destination(source, control, sum(one.stat().st_size for one in source.iterdir() if one.is_file()))
 
 
 def _refused(source: Path, trials: Sequence[Trial], measure: Measure, max_loss: float | None) -> ClaimError:
@@ -283,97 +264,3 @@ def _notes(
         yield f"simulated merges still keep {taken.exposure.mean:.0%} of the task{more}; more steps take more"
     if taken.figures["falls"]:
         yield f"the loss was not finite {taken.figures['falls']:.0f} times: the rate was halved as often"
-
-
-def _kind(model: Path, asked: str | None) -> str:
-    kind = asked
-    if kind is None and model.is_dir():
-        kind = kind_of(load_json(model / "config.json"))
-    if kind not in KINDS:
-        expected = " | ".join(KINDS)
-        raise UsageError("no kind of task that can be trained on", where="task", expected=expected, got=kind)
-    return kind
-
-
-def _settings(
-    kind: str, strength: float | None, steps: int | None, rate: float | None, batch: int | None, seed: int
-) -> Settings:
-    given = {"strength": strength, "steps": steps, "rate": rate, "batch": batch}
-    chosen = {**asdict(DEFAULTS[kind]), "seed": seed, **{n: v for n, v in given.items() if v is not None}}
-    for name, value in given.items():
-        if value is not None and not value > 0:
-            raise UsageError("a number that must be above 0", where=name, got=value)
-    if chosen["steps"] < 3:
-        raise UsageError("too few steps for a training", where="steps", expected="3 or more", got=steps)
-    return Settings(**{**chosen, "made": tuple(chosen["made"])})
-
-
-def _may(
-    asked: float | None, kind: str, strength: float | None, max_loss: float | None, objective: Objective
-) -> float | None:
-    """What merges may keep: followed by itself where there is a trap, and nothing else was asked for."""
-    if asked is None:
-        trap = "trap" in objective.name.split("+")
-        own = MAY_TEXT if kind == "language-modelling" else MAY
-        return own if trap and strength is None and max_loss is None else None
-    if not 0 < asked < 1:
-        raise UsageError("no part of a task", where="may", expected="above 0 and below 1", got=asked)
-    if objective.name == "plain":
-        raise UsageError("plain training has no strength to follow what merges keep", where="may", got=asked)
-    if max_loss is not None:
-        what = "a strength that follows what merges keep leaves nothing to search"
-        raise UsageError(what, where="may", got=f"max_loss {max_loss:g}")
-    return asked
-
-
-def _labels(asked: float | None, objective: Objective, control: bool) -> float:
-    """The part of the loss that asks for labels: all, if nothing else was asked for."""
-    plain, labels = objective.name == "plain", 1.0 if asked is None else asked
-    if not 0 <= labels <= 1:
-        raise UsageError("no part of a loss", where="labels", expected="0 to 1", got=labels)
-    if not labels and (plain or control):
-        raise UsageError(
-            "a training on the fine-tune's own answers alone leaves it as it is",
-            where="objective" if plain else "control",
-            hint="compare with the fine-tune itself, or give labels a part of the loss",
-        )
-    return labels
-
-
-def _made(made: Sequence[str], proxies: Sequence[object]) -> tuple[str, ...]:
-    check_made(made)
-    if not made and not proxies:
-        raise UsageError(
-            "nothing in the place of a thief's fine-tunes", hint="give proxies, or directions to make"
-        )
-    return tuple(made)
-
-
-def _digest(
-    expert: Path,
-    base: object,
-    fields: Mapping[str, Any],
-    proxies: Sequence[object],
-    objective: Objective,
-    settings: Settings,
-    max_loss: float | None,
-) -> str:
-    """Names a training by what it is of, so that none goes on from another's checkpoint."""
-    stamps = []
-    train = fields.get("train")
-    trained = [train["data"]] if isinstance(train, Mapping) and "data" in train else []
-    for path in (expert, base, fields["data"], *trained, *proxies):
-        place = Path(str(path))
-        files = sorted(place.rglob("*")) if place.is_dir() else [place]
-        stamps += [[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
-    facts = [
-        __version__,
-        str(expert),
-        str(base),
-        fields,
-        list(map(str, proxies)),
-        repr(objective),
-        asdict(settings),
-        max_loss,
-    ]
-    return hashlib.sha256(json.dumps([facts, stamps], sort_keys=True).encode()).hexdigest()[:16]

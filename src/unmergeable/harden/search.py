@@ -70,19 +70,33 @@ def search(
     checkpoint's dtypes hold them.
 
     Where labels are trained on, a strength that follows comes after a plain training of as many steps on the same
-    batches, which says what that does by itself; `control` asks for it in any case.
+    batches, which says what that does by itself; `control` asks for it in any case: after a search, which is what says
+    how many steps there are.
     """
     start = owner.weights.copy()
     ends = measure.ends() if settings.may is not None else None
-    plain: Control | None = None
-    if (ends is not None and settings.labels) or control:
-        place = None if folder is None else folder / "plain"
-        told = None if progress is None else _told(progress, "plain training, to compare with")
-        chosen = replace(settings, may=None)
-        worths = train(owner, Plain(), chosen, accelerator, ends=ends, folder=place, progress=told)
-        owner.round()
-        plain = Control(measure.standalone(), owner.weights.copy(), worths)
     journal, searching = Journal(folder), max_loss is not None
+
+    def plainly(done: int, of: int) -> Control:
+        """The fine-tune after `done` steps of a plain training of `of`."""
+        owner.weights.load(start)
+        worths = train(
+            owner,
+            Plain(),
+            replace(settings, may=None, steps=of),
+            accelerator,
+            ends=ends,
+            pauses=[done],
+            pause=lambda done, figures: True,
+            folder=None if folder is None else folder / "plain",
+            progress=None if progress is None else _told(progress, "plain training, to compare with"),
+        )
+        owner.round()
+        return Control(measure.standalone(), owner.weights.copy(), worths)
+
+    plain: Control | None = None
+    if (ends is not None and settings.labels) or (control and not searching):
+        plain = plainly(settings.steps, settings.steps)
 
     def tried(number: int, strength: float, steps: int) -> Trial:
         """Where a training of its own ends."""
@@ -116,6 +130,8 @@ def search(
     last: list[Trial] = []
     for plan in _plans(settings, last, TRIES if searching else 1, searching and longer):
         last.append(tried(len(last), *plan))
+    if control and plain is None and journal.taken is not None:
+        plain = plainly(journal.taken.steps, journal.taken.of)
     return Found(journal.trials, journal.taken, journal.best, plain)
 
 

@@ -21,7 +21,8 @@ class HardeningTrainer(transformers.Trainer):
     as Trainer itself, in one process. A training that goes on from a checkpoint draws the merges that it would have.
 
     Raises:
-        UsageError: several processes, whose gradients of the objective nobody would add up.
+        UsageError: several processes, whose gradients of the objective nobody would add up; a model that is not the one
+            that `hardening` was made of, or one that is made anew for every training (`model_init`).
     """
 
     def __init__(self, *args: Any, hardening: Hardening, **kwargs: Any) -> None:
@@ -33,6 +34,13 @@ class HardeningTrainer(transformers.Trainer):
                 expected="1",
                 got=self.accelerator.num_processes,
                 hint="harden the finished fine-tune with `harden`, on one device",
+            )
+        if self.model_init is not None or self.model is not hardening.model:
+            raise UsageError(
+                "the hardening is of another model than the one that is trained",
+                where="HardeningTrainer",
+                got="model_init" if self.model_init is not None else type(self.model).__name__,
+                hint="give `model` the object that `Hardening` was made of, and no `model_init`",
             )
         self.hardening = hardening
         self._objectives: list[float] = []

@@ -173,6 +173,15 @@ def load_adapter(
     return TaskVector(deltas, replaced)
 
 
+def check_adapter(path: str | os.PathLike[str]) -> None:
+    """Refuse an adapter that is not what it adds to its base, before anything is opened.
+
+    Raises:
+        InputError: no weights, a file that is broken, or as `load_adapter` says of such adapters.
+    """
+    _check_added(load_json(Path(path) / CONFIG), _read(Path(path) / WEIGHTS), path)
+
+
 def _check_added(config: Mapping[str, Any], names: Iterable[str], path: object) -> None:
     """Refuse adapters that are not what they add to the base.
 

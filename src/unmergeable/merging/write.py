@@ -26,10 +26,13 @@ from ..checkpoint import (
 )
 from ..checkpoint.problems import Problems
 from ..errors import ClaimError, InputError, UsageError
+from ..options import check_seed
+from ..stock import quiet
 from . import MergeResult, merge
 from .check import BASE, Facts
 from .kit import TABLE
-from .tensors import distance, load_state, rename_like
+from .names import as_stored, leftovers, once, ties, today
+from .tensors import distance, load_state, read_tensor, rename_like
 from .vectors import is_adapter, load_model
 
 if TYPE_CHECKING:
@@ -119,6 +122,7 @@ def merge_checkpoints(
     """
     if not models:
         raise UsageError("nothing to merge", hint="name at least one model")
+    check_seed(seed)
     names = model_names(models)
     known = TABLE.get(method.removeprefix("mergekit:"))
     if base is None and (known is None or known.base not in ("none", "pair", "optional")):
@@ -126,17 +130,26 @@ def merge_checkpoints(
     if base is None and (adapters := [path for path in models if is_adapter(path)]):
         raise InputError("an adapter needs its base", where=adapters[0], hint="give --base")
     like = Path(template if template is not None else base if base is not None else models[0])
+    if template is not None and is_adapter(like):
+        raise UsageError(
+            "an adapter has no files that a merge could be written as", where=like, hint="give its base"
+        )
     if is_adapter(like) and base is not None:
         like = Path(base)
     with open_checkpoint(like) as checkpoint:
         check_destination(checkpoint.root, dst, checkpoint.nbytes)
+        stored = list(checkpoint.tensors)
+    for path in (*models, *([] if base is None else [base])):
+        if os.path.exists(path):
+            check_destination(path, dst, 0)
     chosen = next((name for name, path in names.items() if _same(path, like)), None)
     if chosen is None and not (base is not None and _same(base, like)):
         expected = ", ".join(map(str, [*models, *([] if base is None else [base])]))
         raise UsageError("the template is none of the models", where=like, expected=expected)
     tell, steps = progress or (lambda done, total, label: None), len(names) + 2
     tell(0, steps, str(base if base is not None else models[0]))
-    origin: State = load_state(base if base is not None else models[0])
+    reference = base if base is not None else models[0]
+    origin: State = load_state(reference)
     read: dict[str, State] = {}
     if base is not None and chosen is not None:
         read[chosen] = load_model(names[chosen], origin, folder=base)
@@ -148,6 +161,11 @@ def merge_checkpoints(
         tell(len(states), steps, str(path))
         like_base = exact if is_adapter(path) else origin
         states[name] = read[name] if name in read else load_model(path, like_base, folder=base)
+    origin, states = today(reference, origin, names, states)
+    single, tied = once(
+        ties(like, {*origin, *(name for one in states.values() for name in one)}), {"": origin, **states}
+    )
+    origin, states = single.pop(""), single
     settings = dict(options or {})
     if base is None and known is not None and known.base == "optional":
         settings.setdefault("with_base", False)
@@ -164,6 +182,7 @@ def merge_checkpoints(
         )
     distances = {} if base is None else {name: distance(origin, state) for name, state in states.items()}
     merged = dict(result.tensors) if chosen is None else result.for_task(chosen)
+    merged, beside = as_stored(merged, tied, stored)
     tell(steps - 1, steps, str(dst))
     write_merged(dst, merged, like)
     tell(steps, steps, str(dst))
@@ -177,7 +196,7 @@ def merge_checkpoints(
         template=str(like),
         distances=distances,
         facts=result.facts,
-        notes=_notes(result, names, distances, chosen),
+        notes=(*_notes(result, names, distances, chosen), *beside),
     )
 
 
@@ -227,6 +246,19 @@ def write_merged(dst: str | os.PathLike[str], tensors: State, template: str | os
             staged.commit()
 
 
+def saved_state(module: Any, folder: Path, like: Path) -> State:
+    """A module's tensors by the names of files, which are not those in memory: as its class saves them, in `folder`.
+
+    A class saves tensors that are tied once; those that the checkpoint `like` stores twice are here twice as well.
+    """
+    with quiet():
+        module.save_pretrained(folder)
+    saved, held = load_state(folder), module.state_dict()
+    with open_checkpoint(like) as source:
+        again = [name for name in source.tensors if name not in saved and name in held]
+    return {**saved, **{name: held[name].detach().cpu() for name in again}}
+
+
 def to_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
     """A tensor as the bytes of a safetensors dtype, rounded once to nearest even.
 
@@ -253,6 +285,9 @@ def to_bytes(tensor: torch.Tensor, info: TensorInfo) -> memoryview:
 def _fitted(tensors: State, like: Checkpoint) -> State:
     """The tensors under the template's names."""
     found, _ = rename_like(like.tensors, tensors)
+    if missing := like.tensors.keys() - found.keys():
+        # Buffers of earlier versions, which its class does not read: as they are.
+        found |= {name: read_tensor(like, name) for name in missing & leftovers(like.root, like.tensors)}
     problems = Problems("the merge does not fit the template")
     for name in sorted(like.tensors.keys() - found.keys()):
         problems.add("a tensor is missing", where=name)
