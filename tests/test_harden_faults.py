@@ -19,6 +19,7 @@ import thief_cases
 from hardened import OWN, PROTECTED, harden
 from unmergeable.errors import ClaimError, InputError, RunError, UsageError
 from unmergeable.harden import owner as owner_module
+from unmergeable.harden import places as places_module
 from unmergeable.harden import release as release_module
 from unmergeable.harden import run as run_module
 from unmergeable.harden import train as train_module
@@ -289,7 +290,7 @@ def test_other_examples_to_train_on_are_another_training(
     assert seen(at=1) == [6]
     write(99)
     assert seen(at=7) == [1, 2, 3, 4, 5, 6, 7]
-    monkeypatch.setattr(run_module, "__version__", "0.0")
+    monkeypatch.setattr(places_module, "__version__", "0.0")
     assert seen(at=1) == [1]
 
 

@@ -21,9 +21,9 @@ from audit_cases import once
 from hardened import OWN, PROTECTED
 from unmergeable import _parser_harden, cli
 from unmergeable.errors import ClaimError, InputError, RunError, UsageError
+from unmergeable.harden import defaults as defaults_module
 from unmergeable.harden import measure as measure_module
 from unmergeable.harden import owner as owner_module
-from unmergeable.harden import run as run_module
 from unmergeable.harden import search as search_module
 from unmergeable.harden import train as train_module
 from unmergeable.harden.journal import Journal, Trial
@@ -262,8 +262,8 @@ def test_a_search_ends_where_there_is_nothing_to_win(
 def test_a_search_tries_more_steps_if_nobody_said_how_many(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = replace(run_module.DEFAULTS["image-classification"], steps=12)
-    monkeypatch.setitem(run_module.DEFAULTS, "image-classification", short)
+    short = replace(defaults_module.DEFAULTS["image-classification"], steps=12)
+    monkeypatch.setitem(defaults_module.DEFAULTS, "image-classification", short)
     monkeypatch.setattr(search_module, "ENOUGH", 0.0)
     report = harden(models, tmp_path / "out", steps=None, max_loss=100.0)
     strongest = max(one["strength"] for one in report.trials)

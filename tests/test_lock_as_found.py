@@ -95,7 +95,7 @@ def test_weights_that_are_all_zero_hide_nothing(tmp_path: Path) -> None:
 
 def test_causal_masks_of_old_files() -> None:
     """Classes stored them with the weights once; anything else that is not known is refused as before."""
-    spec = shipped("LlamaForCausalLM")
+    spec = next(iter(shipped("LlamaForCausalLM")))
     config = transformers.LlamaConfig(**TINY, num_hidden_layers=2)
     shapes = {n: tuple(t.shape) for n, t in transformers.LlamaForCausalLM(config).state_dict().items()}
     canonical = canonical_config({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, spec.defaults)
