@@ -138,3 +138,35 @@ def test_speech_models_whose_groups_are_as_many_as_layers(names: str, tmp_path: 
     assert apart(path, tmp_path / "locked", sound) < 1e-9
     um.unlock(tmp_path / "locked", tmp_path / "again", key=toy.key())
     assert (path / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+
+
+def test_another_head_lies_beside_and_is_said(tmp_path: Path) -> None:
+    """As in BERT's first release: a masked language model's config, and what pretraining had beside it."""
+    config = transformers.BertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    path = saved(
+        transformers.BertForPreTraining(config), tmp_path / "model", architectures=["BertForMaskedLM"]
+    )
+    state = load_file(path / WEIGHTS)
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): one
+           for name, one in state.items()}  # fmt: skip
+    save_file(old, path / WEIGHTS, {"format": "pt"})
+    report = um.lock(path, tmp_path / "locked", key=toy.key())
+    said = {name for _, name, _ in report.refused}
+    assert any("pooler" in name for name in said)
+    assert any("seq_relationship" in name for name in said)
+    for kind in (transformers.BertForMaskedLM, transformers.BertForPreTraining, transformers.BertModel):
+        found = [
+            kind.from_pretrained(one, dtype=torch.float64).eval()(**TEXT)
+            for one in (path, tmp_path / "locked")
+        ]
+        for name, tensor in found[0].items():
+            assert torch.allclose(found[1][name], tensor, rtol=1e-9), name
+    um.unlock(tmp_path / "locked", tmp_path / "again", key=toy.key())
+    assert (path / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+    # Inside a block it could be anything.
+    save_file({**old, "bert.encoder.layer.0.scale": torch.ones(2)}, path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(InputError, match=r"unexpected bert.encoder.layer.0.scale"):
+        um.lock(path, tmp_path / "no", key=toy.key())

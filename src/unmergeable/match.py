@@ -16,6 +16,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 Instance = tuple[int, ...]  # values of a site's name dims, in order
 
 
+_NUMBER = re.compile(r"(^|\.)\d+\.")  # of a block, in a name
+
+
 @dataclass(frozen=True)
 class Part:
     """One tensor's part in one instance of a site."""
@@ -87,7 +90,7 @@ def match_spec(
         spec: the proven sites.
         shapes: every tensor of the checkpoint by name.
         config: the canonical config.
-        whole: whether the spec must know every tensor.
+        whole: whether the spec must know every tensor, but for those of another head.
 
     Raises:
         Contradiction: a shape contradicts the config, or tensors are missing that no other name could stand for.
@@ -113,7 +116,14 @@ def match_spec(
         problems += _gaps(spec, known, config)
         wrong += misshapen(spec, known, parts, config)
         problems += lacking(spec, known, parts, config, bare=bool(prefix[0]))
-    if problems := wrong + problems + unknown:
+    # A head of another class reads what leaves the blocks, which no symmetry changes: by itself it may be there.
+    inside = [name for name in unknown if _NUMBER.search(name)]
+    unexpected = unknown if wrong or problems else inside
+    if (
+        problems := wrong
+        + problems
+        + [f"unexpected {name} of shape {list(known[name])}" for name in unexpected]
+    ):
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         # what is missing under one name may be there under another: then the layout is unknown, not the model broken
         kind = Contradiction if wrong or not unknown else InputError
@@ -203,14 +213,14 @@ def _check_complete(
 
 
 def _leftovers(spec: Spec, shapes: Shapes, parts: Mapping[str, object]) -> list[str]:
+    """Names that the spec does not know."""
     known = [name_regex(pattern) for pattern in spec.untouched]
-    left = [
+    return [
         name
         for name in _counted(spec, shapes)
         if name not in parts and not any(regex.fullmatch(one) for one in spellings(name) for regex in known)
         if not _is_mask(name, shapes[name])
     ]
-    return [f"unexpected {name} of shape {list(shapes[name])}" for name in left]
 
 
 def _is_mask(name: str, shape: tuple[int, ...]) -> bool:

@@ -110,7 +110,8 @@ def spare_named_heads(spec: Spec, *configs: Mapping[str, Any]) -> Spec:
 
 
 def note_unread(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> Spec:
-    """The spec with a remark on weights that its class does not read: half a model, say, under the name of the other.
+    """The spec with a remark on weights that its class does not read: half a model, say, under the name of the other,
+    or another head than its own.
 
     Nothing is known of them, so they stay as they were; but their owner may think that they are locked.
     """
@@ -119,7 +120,8 @@ def note_unread(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> Spec:
     unread = {
         name
         for name in shapes
-        if spec.drops(name) and not any(regex.fullmatch(one) for one in spellings(name) for regex in regexes)
+        if (spec.drops(name) or not re.search(r"(^|\.)\d+\.", name))
+        and not any(regex.fullmatch(one) for one in spellings(name) for regex in regexes)
     }
     taken = {start for name in shapes if name not in unread for start in _starts(name)}
     groups: dict[str, list[str]] = {}
