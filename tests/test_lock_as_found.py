@@ -17,6 +17,7 @@ from test_guards import TINY, apart, llama, saved, whisper
 from unmergeable.config import canonical_config
 from unmergeable.errors import InputError
 from unmergeable.match import match_spec
+from unmergeable.prove.miniature import _real_config
 from unmergeable.specs import shipped
 from unmergeable.stock import load_module
 from unmergeable.whole import spellings
@@ -170,3 +171,45 @@ def test_another_head_lies_beside_and_is_said(tmp_path: Path) -> None:
     save_file({**old, "bert.encoder.layer.0.scale": torch.ones(2)}, path / WEIGHTS, {"format": "pt"})
     with pytest.raises(InputError, match=r"unexpected bert.encoder.layer.0.scale"):
         um.lock(path, tmp_path / "no", key=toy.key())
+
+
+@pytest.mark.slow
+def test_one_key_for_all_heads_beside_a_tower_that_sees(tmp_path: Path) -> None:
+    """PaliGemma: the miniature's towers have to differ in their numbers of heads as the model's do."""
+    text = {
+        "model_type": "gemma", "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 12, "max_position_embeddings": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "image_size": 24, "patch_size": 8, "vision_use_head": False,
+    }  # fmt: skip
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=48, image_token_index=95, hidden_size=48
+    )
+    path = saved(transformers.PaliGemmaForConditionalGeneration(config), tmp_path / "model")
+    report = um.lock(path, tmp_path / "locked", key=toy.key())
+    assert any("language_model" in site.site for site in report.sites)
+    assert apart(path, tmp_path / "locked", TEXT) < 1e-9
+    um.unlock(tmp_path / "locked", tmp_path / "again", key=toy.key())
+    assert (path / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+
+
+def test_a_part_of_a_config_may_say_little() -> None:
+    """LLaVA 1.5: of its language model no width is said, for all are Llama's own."""
+    text = {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5}
+    config = {
+        "model_type": "llava",
+        "text_config": text,
+        "vision_config": {"model_type": "clip_vision_model"},
+    }
+    defaults, real = _real_config(transformers.LlavaForConditionalGeneration, config)
+    wanted = transformers.LlavaConfig.from_dict(config).to_dict()
+    for part, names in (
+        ("text_config", ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")),
+        ("vision_config", ("hidden_size", "num_hidden_layers")),
+    ):
+        assert {name: real[part][name] for name in names} == {name: wanted[part][name] for name in names}
+    whole = canonical_config({**config, "text_config": {**text, "hidden_size": 4096}}, defaults)
+    assert canonical_config(config, defaults) == whole

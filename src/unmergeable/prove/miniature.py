@@ -6,6 +6,7 @@ Everything here runs in a child process made by `child.in_child`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import re
@@ -277,7 +278,7 @@ def _real_config(cls: Any, config: Mapping[str, Any]) -> tuple[Config, Config]:
     key = getattr(config_class, "base_config_key", "")
     if key and isinstance(own.get(key), Mapping) and own.get("model_type") != config_class.model_type:
         own = dict(own[key])
-    defaults = class_defaults(config_class)
+    defaults = {**class_defaults(config_class), **_chosen_defaults(config_class, own)}
     real = canonical_config(own, defaults)
     try:
         derived = config_class.from_dict(for_class(own)).to_dict()
@@ -287,6 +288,27 @@ def _real_config(cls: Any, config: Mapping[str, Any]) -> tuple[Config, Config]:
         ) from error
     _add_lists(real, derived)
     return defaults, real
+
+
+def _chosen_defaults(config_class: Any, own: Mapping[str, Any]) -> Config:
+    """Defaults of parts whose class the file chooses, by `model_type`: it may leave out all that is as there.
+
+    So does LLaVA 1.5, of whose language model no width is said. A spec holds for this class alone: the structure of a
+    configuration has its types.
+    """
+    import transformers
+
+    from unmergeable.config import CLASS
+
+    chosen: Config = {}
+    for name, part in (getattr(config_class, "sub_configs_defaults", None) or {}).items():
+        given, known = own.get(name), transformers.CONFIG_MAPPING
+        if getattr(part.config_class, "model_type", "") or not isinstance(given, Mapping):
+            continue
+        if given.get("model_type") in known and dataclasses.is_dataclass(known[given["model_type"]]):
+            chosen[name] = class_defaults(known[given["model_type"]])
+            chosen[name][CLASS]["absent"] = {}
+    return chosen
 
 
 def _add_lists(real: Config, derived: Mapping[str, Any]) -> None:

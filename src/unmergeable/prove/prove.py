@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import InputError, RunError
 from ..spec import Refusal, Site, Spec
 
-VERSION = 5  # of the prover: a cached spec of another version is proven again
+VERSION = 6  # of the prover: a cached spec of another version is proven again
 
 
 def prove_specs(

@@ -154,7 +154,7 @@ def _attention(node: Config, real: Config, by_role: dict[str, list[str]], state:
     n_kv = next((real[name] for name in by_role.get("kv_heads", [])), n_query)
     slot = tower % len(_GROUPS)
     if n_kv == 1 and n_query > 1:
-        groups, repeat = 1, (4, 3)[shape]
+        groups, repeat = 1, (7, 6)[shape]  # as no other tower has
     elif 0 < n_kv < n_query:
         groups, repeat = ((2, 3), (3, 2))[shape] if tower % 2 == 0 else ((2, 2), (2, 3))[shape]
     else:
