@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
 import thief_cases
@@ -20,6 +21,8 @@ from unmergeable import _render_merge, attacks, cli
 from unmergeable.attacks import blocks, coefficients, distil, merge_attack_maker, repair
 from unmergeable.attacks.thief import Thief
 from unmergeable.audit import single
+from unmergeable.audit.bench import Bench
+from unmergeable.audit.config import make_config
 from unmergeable.audit.explore import Explorer
 from unmergeable.audit.finalists import finalists
 from unmergeable.audit.rows import Look
@@ -276,3 +279,24 @@ def test_no_option_has_the_name_of_an_argument() -> None:
         assert not own & set(declared(merge_attack_maker(name))), name
     for name in attacks.ATTACKS:
         assert not own & set(declared(attacks.attack_named(name).run)), name
+
+
+def test_a_wide_merge_with_a_base_of_another_class(folder: Path, tmp_path: Path) -> None:
+    """The base without a head: its body stands beside the others', under the target's head."""
+    held: Any = load_module(folder / "base")
+    body = transformers.ViTModel(held.config)
+    body.load_state_dict(held.vit.state_dict(), strict=False)
+    body.save_pretrained(tmp_path / "body")
+    fields = yaml.safe_load((folder / "audit.yaml").read_text()) | {"base": str(tmp_path / "body")}
+    bench = Bench(make_config(fields, folder, folder / "audit.yaml"), tmp_path / "work")
+    options = {"dose": 0.5, "others": 0.6, "base": True}
+    attack: Any = merge_attack_maker("wide")
+    subject = attack().make(bench.thief("protected"), options)
+    single._write(attack(), bench, options, subject, tmp_path / "out", folder / f"{PROTECTED}-exact")
+    images, _ = thief_cases.pictures(PROTECTED, 16, 7)
+    with torch.no_grad():
+        found, wanted = (
+            load_module(tmp_path / "out")(pixel_values=images),
+            subject[PROTECTED](pixel_values=images),
+        )
+    assert torch.allclose(found.logits, wanted.logits, atol=1e-4)

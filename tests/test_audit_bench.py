@@ -16,7 +16,7 @@ import thief_cases
 from audit_cases import config, configuration, zoo
 from merging_models import nudged, transformer
 from unmergeable.attacks.prepare import COLLUDE, COLLUDE_ALIGNED
-from unmergeable.audit.bench import Bench, digest, halves
+from unmergeable.audit.bench import Bench, _settings, digest, halves
 from unmergeable.audit.jobs import Job
 from unmergeable.audit.known import prepare
 from unmergeable.audit.work import run_job
@@ -327,3 +327,28 @@ def test_tasks_of_other_configurations_have_modules_of_their_own(same: Same) -> 
         one.config.layer_norm_eps,
         0.5,
     ]
+
+
+def test_a_plain_model_of_another_configuration_is_noted(same: Same) -> None:
+    """It is run in the protected one's module."""
+    import json
+    import shutil
+
+    from unmergeable.audit.known import _notes
+
+    shutil.copytree(same.folder / "mine", same.folder / "plain")
+    given = same.fields["protected"] | {"plain": str(same.folder / "plain")}
+    assert same.bench(protected=given).unlike == []
+    path = same.folder / "plain" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_eps": 0.5}))
+    found = same.bench(protected=given)
+    assert found.unlike == ["plain"]
+    assert any(note.startswith("plain has another configuration") for note in _notes(found))
+
+
+def test_how_a_model_generates_counts_where_it_does() -> None:
+    module: Any = transformer("llama")
+    before = [_settings(module, generates=generates) for generates in (False, True)]
+    module.generation_config.num_beams = 4
+    after = [_settings(module, generates=generates) for generates in (False, True)]
+    assert [one == two for one, two in zip(before, after, strict=True)] == [True, False]

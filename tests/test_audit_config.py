@@ -302,3 +302,20 @@ def test_a_file_that_is_none(kind: str, folder: Path) -> None:
         os.mkfifo(path)
     with pytest.raises(InputError, match=r"audit\.yaml: "):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attacks": []}, "attacks: no attacks are named"),
+        ({"attacks": ["collude"]}, "attacks: an attack by two releases of the protected model"),
+        (
+            {"attacks": ["full_dose", "anchor-coupled"], "levels": [0]},
+            "attacks: an attack of a level that is not audited",
+        ),
+        ({"attacks": ["repair-16"], "levels": [0, 1]}, "attacks: an attack of a level that is not audited"),
+        ({"seed": 2**64}, "seed"),
+    ],
+)
+def test_what_could_not_be_run_is_told_before(changes: dict[str, Any], said: str, folder: Path) -> None:
+    assert any(line.startswith((said, f"audit.yaml: {said}")) for line in problems(folder, fields(**changes)))

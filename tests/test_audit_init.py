@@ -227,3 +227,20 @@ def test_what_is_no_model_is_refused(which: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{paths[which].name}: no model is there"):
         init(base, [mine, theirs], tmp_path / "audit.yaml", plain=before)
     assert not (tmp_path / "audit.yaml").exists()
+
+
+def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
+    """Its own parent is not what `..` leads to."""
+    for name in ("base", "tuned", "other"):
+        model = tmp_path / "models" / name
+        model.mkdir(parents=True)
+        (model / "config.json").write_text(
+            '{"model_type": "vit", "architectures": ["ViTForImageClassification"]}'
+        )
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    base, *models = (tmp_path / "models" / name for name in ("base", "tuned", "other"))
+    written = Path(init(base, models, tmp_path / "link" / "audit.yaml"))
+    found = yaml.safe_load(written.read_text())
+    for path in (found["base"], found["protected"]["model"], *found["others"].values()):
+        assert (written.parent / path).is_dir()

@@ -259,3 +259,14 @@ def test_completion_knows_every_option(shell: str) -> None:
                 assert (flag if shell != "fish" else flag.lstrip("-")) in script
     if shutil.which(shell):
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["audit", "--json", "x.yaml"], ["merge", "--json", "--bogus"], ["--json"]]
+)
+def test_a_command_line_that_is_not_read_gives_a_document_too(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["document"], found["command"]) == ("unmergeable.error", None)

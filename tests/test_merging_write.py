@@ -170,3 +170,17 @@ def test_nothing_is_written_where_something_is_wrong(saved: dict[str, Path], tmp
     with pytest.raises(InputError, match="numbers beyond the dtype"):
         write_merged(tmp_path / "m", big, half)
     assert [path.name for path in tmp_path.iterdir()] == ["half"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, True])
+def test_seeds_that_no_generator_takes(seed: int, saved: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no seed"):
+        merge_checkpoints("dare_linear", [saved["p"], saved["o"]], saved["base"], tmp_path / "m", seed=seed)
+
+
+def test_an_adapter_is_no_template(saved: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    given = [saved["p"], tmp_path / "adapter"]
+    with pytest.raises(UsageError, match="an adapter has no files"):
+        merge_checkpoints("linear", given, saved["base"], tmp_path / "m", template=tmp_path / "adapter")
