@@ -53,6 +53,23 @@ def test_a_head_of_another_name_does_not_stop_unlock(tmp_path: Path) -> None:
     assert apart(tmp_path / "tuned", tmp_path / "out", TEXT) < 1e-9
 
 
+def test_a_base_model_that_was_given_a_head_is_unlocked(tmp_path: Path) -> None:
+    """Its tensors have the name of the body in front then."""
+    config = transformers.BertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    path = saved(transformers.BertModel(config), tmp_path / "model")
+    um.lock(path, tmp_path / "locked", key=toy.key())
+    tuned: Any = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "locked")
+    tuned.save_pretrained(tmp_path / "tuned")
+    shutil.copy(tmp_path / "locked" / "unmergeable.json", tmp_path / "tuned")
+    um.unlock(tmp_path / "tuned", tmp_path / "out", key=toy.key(), accept_changed=True)
+    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("model", "out"))
+    assert all(torch.equal(tensor, after[f"bert.{name}"]) for name, tensor in before.items())
+    assert apart(tmp_path / "tuned", tmp_path / "out", TEXT) < 1e-9
+
+
 def test_a_lost_layer_stops_unlock(tmp_path: Path) -> None:
     path = llama(tmp_path / "model")
     um.lock(path, tmp_path / "locked", key=toy.key())

@@ -97,7 +97,7 @@ def match_spec(
         InputError: a tensor is left that the spec does not know, or all names are others.
             All misses are named at once.
     """
-    prefix = _prefix(spec, shapes)
+    prefix = _prefix(spec, shapes) if whole else _any_prefix(spec, shapes)
     own = {name_regex(pattern) for pattern in spec.untouched if not pattern.startswith(spec.prefix)}
     known = {
         name if any(regex.fullmatch(name) for regex in own) else _exchange(name, prefix[::-1]): shape
@@ -280,6 +280,20 @@ def _prefix(spec: Spec, shapes: Shapes) -> tuple[str, str]:
     if spec.prefix and not any(name.startswith(spec.prefix) for name in shapes):
         return spec.prefix, ""
     return "", ""
+
+
+def _any_prefix(spec: Spec, shapes: Shapes) -> tuple[str, str]:
+    """As `_prefix`; or the checkpoint's own: of a base model that was given a head since, its name stands in front."""
+    slots = [name_regex(slot.tensor) for site in spec.sites for slot in site.slots]
+
+    def known(own: str) -> int:
+        bare = (name.removeprefix(own) for name in shapes if name.startswith(own))
+        return sum(any(regex.fullmatch(name) for regex in slots) for name in bare)
+
+    usual = _prefix(spec, shapes)
+    if usual[0] or known(""):
+        return usual
+    return "", max({name.partition(".")[0] + "." for name in shapes}, key=known, default="")
 
 
 def _exchange(name: str, prefix: tuple[str, str]) -> str:
