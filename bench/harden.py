@@ -50,6 +50,7 @@ from harden_cases import (
 from harden_peft import merges
 from parallel import Job, run
 from unmergeable.audit.bench import pick_device
+from unmergeable.audit.suite import access
 from unmergeable.harden.objectives import Objective
 
 KEPT = Path(__file__).parent / "harden"
@@ -272,7 +273,7 @@ def audit(
         "levels": list(range(top + 1)),
         "seed": seed + 100,
         "device": device,
-        **({} if attacks == ["all"] else {"attacks": attacks}),
+        **({} if attacks == ["all"] else {"attacks": [name for name in attacks if access(name) <= top]}),
     }
     way = variant.name + LOCKED * lock
     folder = work / f"audit-{case.name}-{seed}-{way}-{top}"
