@@ -10,13 +10,10 @@ from typing import Any
 from .errors import Contradiction, InputError
 from .fields import SIZES
 from .spec import Site, Slot, Spec, evaluate_size, fill, name_regex
-from .whole import lacking, misshapen, spellings
+from .whole import in_block, lacking, misshapen, spellings
 
 Shapes = Mapping[str, tuple[int, ...]]
 Instance = tuple[int, ...]  # values of a site's name dims, in order
-
-
-_NUMBER = re.compile(r"(^|\.)\d+\.")  # of a block, in a name
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def match_spec(
         wrong += misshapen(spec, known, parts, config)
         problems += lacking(spec, known, parts, config, bare=bool(prefix[0]))
     # A head of another class reads what leaves the blocks, which no symmetry changes: by itself it may be there.
-    inside = [name for name in unknown if _NUMBER.search(name)]
+    inside = [name for name in unknown if in_block(name)]
     unexpected = unknown if wrong or problems else inside
     if (
         problems := wrong

@@ -86,6 +86,11 @@ def spellings(name: str) -> set[str]:
     return {name, present}
 
 
+def in_block(name: str) -> bool:
+    """Whether a tensor is in a numbered block: outside of these no symmetry acts."""
+    return re.search(r"(^|\.)\d+\.", name) is not None
+
+
 def _gone(pattern: str, wanted: Places, have: Places) -> list[str]:
     """Places that a tensor of the pattern should have, without one; the last number may be free (an expert's)."""
     gone = [place for place in sorted(wanted) if not any(set(place) <= set(other) for other in have)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import Contradiction, InputError
 from ..spec import Refusal, Spec, evaluate_size, lookup, name_regex
-from ..whole import spellings
+from ..whole import in_block, spellings
 
 # Two towers' numbers of heads in one configuration: miniatures have both equal where they are equal, so that a proof
 # cannot tell which of them a site of the decoder means.
@@ -120,7 +120,7 @@ def note_unread(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> Spec:
     unread = {
         name
         for name in shapes
-        if (spec.drops(name) or not re.search(r"(^|\.)\d+\.", name))
+        if (spec.drops(name) or not in_block(name))
         and not any(regex.fullmatch(one) for one in spellings(name) for regex in regexes)
     }
     taken = {start for name in shapes if name not in unread for start in _starts(name)}
