@@ -188,6 +188,8 @@ def test_what_an_alignment_brought_the_unprotected_model_is_not_copied() -> None
 
 def test_worth_counts_every_floor() -> None:
     some = waves()
-    assert some.worth(None) == 0
-    assert some.worth(row("ties", "plain", (-0.5, 0.9))) == 0
-    assert some.worth(row("ties", "plain", (0.8, 0.3), (0.2, 0.9))) == pytest.approx(2 * 0.8 + 2 * 0.2)
+    assert some.reference.worth(None) == 0
+    assert some.reference.worth(row("ties", "plain", (-0.5, 0.9))) == 0
+    assert some.reference.worth(row("ties", "plain", (0.8, 0.3), (0.2, 0.9))) == pytest.approx(
+        2 * 0.8 + 2 * 0.2
+    )

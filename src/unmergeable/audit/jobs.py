@@ -172,7 +172,7 @@ class Waves:
         """The merges of level 0 that do best on the unprotected model, after the best preparation."""
         best = sorted(
             (name for name in self.shelf if name not in CORE and Job(name, "plain") in found),
-            key=lambda name: -self.worth(found.get(Job(name, "plain"))),
+            key=lambda name: -self.reference.worth(found.get(Job(name, "plain"))),
         )
         beam = self.beam(found, "protected")[:1]
         return [Job(name, "protected", prepared) for prepared in beam for name in best[:FOLLOW]]
@@ -229,13 +229,6 @@ class Waves:
 
     # --- choices ---------------------------------------------------------------------------------------------
 
-    def worth(self, row: Row | None) -> float:
-        """Σ over the floors of the best value of a row on validation examples; nothing counts as 0."""
-        pairs = [] if row is None else [self.reference.pair("validation", p.validation) for p in row.points]
-        return sum(
-            max([0.0, *(value for value, own in pairs if own >= floor)]) for floor in self.reference.floors
-        )
-
     def beam(self, found: Found, side: Side) -> list[str]:
         """The preparations to follow on a side: an alignment that brought the model much nearer to the base, then what
         helped, the best first.
@@ -247,9 +240,10 @@ class Waves:
         """
         if side != "protected":
             return []
-        raw = self.worth(found.get(Job(PROBE_MERGE.name, side)))
+        raw = self.reference.worth(found.get(Job(PROBE_MERGE.name, side)))
         gains = {
-            name: self.worth(found.get(Job(PROBE_MERGE.name, side, name))) - raw for name in self.preparations
+            name: self.reference.worth(found.get(Job(PROBE_MERGE.name, side, name))) - raw
+            for name in self.preparations
         }
         helped = [name for name in self.preparations if gains[name] > HELPS]
         nearer = [name for name in ANCHORED if name in self.preparations and self._nearer(found, side, name)]

@@ -74,6 +74,11 @@ class Reference:
         own = min(self.value(half, task, scores[task]) for task in self.own)
         return self.value(half, self.protected, scores[self.protected]), own
 
+    def worth(self, row: Row | None) -> float:
+        """Σ over the floors of the best value of a row on validation examples; nothing counts as 0."""
+        pairs = [] if row is None else [self.pair("validation", point.validation) for point in row.points]
+        return sum(max([0.0, *(value for value, own in pairs if own >= floor)]) for floor in self.floors)
+
 
 @dataclass(frozen=True)
 class Chosen:

@@ -29,7 +29,7 @@ def uncounted(
     worth: dict[tuple[str, Side], float] = {}
     for row in doubted.values():
         merge = row.chain[-1], row.side
-        worth[merge] = max(worth.get(merge, 0.0), _worth(row, reference))
+        worth[merge] = max(worth.get(merge, 0.0), reference.worth(row))
     kept = {
         name
         for name, side in worth
@@ -38,9 +38,3 @@ def uncounted(
         and worth[name, side] >= worth.get((name, "plain"), 0.0)
     }
     return without | {number for number, row in doubted.items() if row.chain[-1] not in kept}, names
-
-
-def _worth(row: Row, reference: Reference) -> float:
-    """Σ over the floors of the best value of a row on validation examples; nothing counts as 0."""
-    pairs = [reference.pair("validation", point.validation) for point in row.points]
-    return sum(max([0.0, *(value for value, own in pairs if own >= floor)]) for floor in reference.floors)
