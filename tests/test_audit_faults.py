@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,13 @@ def test_what_goes_wrong_is_part_of_the_row(
     assert row.facts["error"] == type(error).__name__
     assert len(row.looks) == 2
     json.dumps(row.summary(), allow_nan=False)
+
+
+def test_what_is_no_number_is_none_in_results(bench: Bench, reference: Reference) -> None:
+    measured = {"left": math.nan, "sites": [{"moved": math.inf, "kept": 0.5}], "anchor": "base"}
+    row = replace(one(bench, reference, Doses((0.4,))), facts=measured)
+    facts = row.summary()["facts"]
+    assert facts == {"left": None, "sites": [{"moved": None, "kept": 0.5}], "anchor": "base"}
 
 
 class UnpicklableError(Exception):

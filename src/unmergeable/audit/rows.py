@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
@@ -132,5 +133,14 @@ class Row:
             "tried": len(self.looks),
             "looks": [[round(look.protected, 4), round(look.own, 4)] for look in self.looks],
             "cost": asdict(self.cost),
-            "facts": dict(self.facts),
+            "facts": _finite(self.facts),
         }
+
+
+def _finite(found: Any) -> Any:
+    """The same for JSON, which has no NaN: what is measured of a broken model may be none of its numbers."""
+    if isinstance(found, Mapping):
+        return {name: _finite(value) for name, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not isfinite(found) else found
