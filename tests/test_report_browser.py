@@ -17,6 +17,8 @@ pytestmark = pytest.mark.browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PHONE, DESK = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
+# The least width at which tables no longer scroll in frames of their own.
+OPEN = {"width": 1408, "height": 900}
 # What is left of A4 between the margins, in CSS pixels: upright, and across for wide tables.
 UPRIGHT, ACROSS = {"width": 688, "height": 1000}, {"width": 1032, "height": 700}
 
@@ -69,6 +71,7 @@ def unfolded(page: Any) -> None:
         ("plain", PHONE, "dark"),
         ("plain", DESK, "light"),
         ("plain", DESK, "dark"),
+        ("plain", OPEN, "light"),
         ("hostile", PHONE, "light"),
     ],
 )
