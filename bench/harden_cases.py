@@ -86,6 +86,7 @@ BARS = (
     Variant("trap+collapse", Together((SIMPLE, Collapse()))),
     Variant("mined"),
     Variant("mined+collapse", "trap+collapse"),
+    Variant("mined+collapse+kindred", "trap+collapse+kindred"),
     Variant("kept", options=ANSWERS),
     Variant("kept+collapse", "trap+collapse", ANSWERS),
     # What others train with, in the same loop: see `unmergeable.harden.objectives`.

@@ -13,15 +13,17 @@ import thief_cases
 from test_harden_merges import opened
 from unmergeable.errors import UsageError
 from unmergeable.harden.directions import Directions
-from unmergeable.harden.draws import Draws
+from unmergeable.harden.draws import Draw, Draws
 from unmergeable.harden.objectives import (
     LEAST,
+    Kindred,
     Plain,
     Repel,
     Step,
     Trap,
     Trap2,
     mean_states,
+    needs_before,
     objective,
     unlikelihood,
 )
@@ -38,7 +40,7 @@ def step(seed: int = 0) -> tuple[Any, Step]:
     task = TensorTask("stars", "image-classification", "accuracy", batch)
     given = Step(
         weights, Draws(weights.shapes, seed), Directions([], ("random",), seed), task, module, batch,
-        torch.Tensor.backward,
+        torch.Tensor.backward, weights.snapshot(),
     )  # fmt: skip
     return module, given
 
@@ -91,7 +93,9 @@ def descended(name: str, steps: int, rate: float = 3e-3) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["trap", "collapse", "trap2", "trap+repel", "trap+collapse"])
+@pytest.mark.parametrize(
+    "name", ["trap", "collapse", "kindred", "trap2", "trap+repel", "trap+collapse+kindred"]
+)
 def test_going_down_its_gradients_lowers_it(name: str) -> None:
     found = descended(name, 12)
     assert found[-1] < 0.8 * found[0] if found[0] > 0 else found[-1] < found[0] - 0.1
@@ -138,6 +142,41 @@ def test_a_thief_who_chooses_among_blocks_knows_more() -> None:
     assert found[6] > 1.05 * found[1]
     for seed in set(seeds) - set(parts):  # nothing to choose
         assert Trap(merges=1, among=6).add(step(seed)[1], 0.0) == Trap(merges=1).add(step(seed)[1], 0.0)
+
+
+def test_kindred_is_of_blocks_among_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, given = step()
+    before = {
+        name: one.detach().clone() - given.weights.base[name]
+        for name, one in given.weights.parameters.items()
+    }
+    for one in given.weights.parameters.values():
+        one.data += 0.1 * torch.randn(one.shape, generator=torch.Generator().manual_seed(2))
+    seen: list[Draw] = []
+    merged = given.weights.merged
+
+    def look(draw: Draw, direction: Any) -> Any:
+        assert all(torch.equal(direction[name], one) for name, one in before.items())
+        seen.append(draw)
+        return merged(draw, direction)
+
+    monkeypatch.setattr(given.weights, "merged", look)
+    assert Kindred(among=6).add(given, 1.0) > 0
+    *tried, taken = seen
+    assert taken in tried
+    assert len(tried) == 6
+    assert all(draw.parts and any(draw.other.values()) for draw in tried)
+    assert needs_before(objective("trap+kindred"))
+    assert not needs_before(objective("trap+collapse"))
+
+
+def test_kindred_wants_a_finished_fine_tune() -> None:
+    module, _ = opened()
+    base = thief_cases.trained()["base"].state_dict()
+    body = {name: one for name, one in base.items() if not name.startswith("classifier")}
+    module.load_state_dict({**module.state_dict(), **body})
+    with pytest.raises(UsageError, match="its base still"):
+        Hardening(module, base, "trap+kindred")
 
 
 def test_repel_moves_what_has_not_moved() -> None:

@@ -100,14 +100,20 @@ def test_a_thief_with_other_models_gets_less(
         assert level.recovered < 0.2
 
 
-def test_what_was_killed_goes_on(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["trap", "trap+kindred"])
+def test_what_was_killed_goes_on(
+    name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train_module, "SAVE", 10)
-    harden(models, tmp_path / "whole", steps=40)
+    harden(models, tmp_path / "whole", steps=40, objective=name)
 
-    hardened.killed(partial(harden, models, tmp_path / "cut", steps=40), at=25)
+    hardened.killed(partial(harden, models, tmp_path / "cut", steps=40, objective=name), at=25)
     assert not (tmp_path / "cut").exists()
     seen: list[int] = []
-    harden(models, tmp_path / "cut", steps=40, progress=lambda done, total, label: seen.append(done))
+    harden(
+        models, tmp_path / "cut", steps=40, objective=name,
+        progress=lambda done, total, label: seen.append(done),
+    )  # fmt: skip
     assert seen == list(range(21, 41))
     one, two = load_state(tmp_path / "whole"), load_state(tmp_path / "cut")
     assert all(torch.equal(one[name], two[name]) for name in one)

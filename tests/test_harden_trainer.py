@@ -40,7 +40,8 @@ def test_a_trainer_hardens(tmp_path: Path) -> None:
     assert exposed[1.0] < 0.6 * exposed[0.0]
 
 
-def test_a_trainer_goes_on_as_it_would_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["trap", "trap+kindred"])
+def test_a_trainer_goes_on_as_it_would_have(name: str, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
@@ -49,15 +50,15 @@ def test_a_trainer_goes_on_as_it_would_have(tmp_path: Path) -> None:
     tokens = torch.randint(32, (32, 12))
     data = [{"input_ids": row, "labels": row} for row in tokens]
     found = []
-    for name, resumed in (("whole", False), ("cut", True)):
+    for folder, resumed in (("whole", False), ("cut", True)):
         arguments = transformers.TrainingArguments(
-            str(tmp_path / name), max_steps=6, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+            str(tmp_path / folder), max_steps=6, per_device_train_batch_size=8, gradient_accumulation_steps=2,
             learning_rate=2e-3, use_cpu=True, report_to=[], save_steps=3, disable_tqdm=True, logging_steps=1,
         )  # fmt: skip
         module = transformers.LlamaForCausalLM(config)
         module.load_state_dict({key: 1.01 * one for key, one in base.items()})
         trainer = HardeningTrainer(
-            module, arguments, train_dataset=data, hardening=Hardening(module, base, strength=1.0)
+            module, arguments, train_dataset=data, hardening=Hardening(module, base, name, strength=1.0)
         )
         # The second goes on from the first one's checkpoint, with draws that are at their beginning.
         trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3") if resumed else None)

@@ -7,7 +7,7 @@ import argparse
 from ._parser_parts import Parser, json, passphrase, positive, quiet, verb
 
 # Spelled out here, for what they name is imported when it is used; a test compares.
-OBJECTIVES = ("trap", "collapse", "trap2", "repel", "plain")
+OBJECTIVES = ("trap", "collapse", "kindred", "trap2", "repel", "plain")
 TASKS = ("image-classification", "language-modelling", "text-classification", "sequence-to-sequence")
 
 

@@ -62,6 +62,11 @@ class Weights:
         with torch.no_grad():
             return dict(self.deltas())
 
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """The task vector as it is now, in tensors of its own, by the names of `shapes`."""
+        found = self.vector()
+        return {name: found[name].clone() for name in self.shapes}
+
     def _follow_device(self) -> None:
         """A Trainer puts its model elsewhere after this was made of it."""
         for name, one in self.tensors.items():

@@ -6,7 +6,7 @@ They leave their gradients in the parameters, pass by pass, so that no two forwa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -45,6 +45,7 @@ class Step:
         weights: the fine-tune and its base. draws, directions: of simulated merges.
         task: what the fine-tune is for. call: its module. batch: labelled examples, on its device.
         backward: of a loss, with its factor.
+        before: the task vector as it was before hardening, for objectives that ask for it.
         whole: whether the batch cannot be cut: there are inputs of which nobody knows whose they are.
     """
 
@@ -55,6 +56,7 @@ class Step:
     call: Call
     batch: Examples
     backward: Callable[[torch.Tensor], None]
+    before: State = field(default_factory=dict)
     whole: bool = False
 
     def part(self, start: int, stop: int) -> Step:
@@ -66,8 +68,9 @@ class Objective(Protocol):
     """One way of hardening, with where it is from.
 
     One that learns from hidden states says so by an attribute, `states = True`: models without them are then refused
-    before anything is trained. A training that was killed goes on from its checkpoint if the objective's `repr` is what
-    it was, as a dataclass's is: Python's own names the object, and training begins anew.
+    before anything is trained. One that asks for the task vector as it was says `before = True`. A training that was
+    killed goes on from its checkpoint if the objective's `repr` is what it was, as a dataclass's is: Python's own names
+    the object, and training begins anew.
     """
 
     @property
@@ -160,6 +163,35 @@ class Collapse:
 
 
 @dataclass(frozen=True)
+class Kindred:
+    """Blocks of the fine-tune must not work among blocks of the fine-tune as it was before.
+
+    A thief's own task may be akin to the protected one, as letters are to letters: then so are features that his
+    fine-tunes have learnt, and whole blocks of the protected model know what to do with them. Neither noise nor a
+    fine-tune on something else stands in for that. The fine-tune as it was does: nothing is more akin.
+
+    part: of the batch that the merge sees. among: he takes the best of so many choices of blocks and kinds of tensors.
+    """
+
+    part: float = 0.5
+    among: int = 4
+    before = True
+    name = "kindred"
+    source = "this package, as the trap"
+
+    def add(self, step: Step, strength: float) -> float:
+        """One merge."""
+        size = max(1, round(self.part * len(step.batch)))
+        start = int(torch.randint(len(step.batch) - size + 1, (), generator=step.draws.generator))
+        part = step.part(start, start + size)
+        draw = _best(part, [step.draws.again() for _ in range(self.among)], step.before)
+        with step.weights.merged(draw, step.before):
+            loss = unlikelihood(step.task.logits(step.call, part.batch), part.batch.labels)
+            step.backward(strength * loss)
+        return float(loss.detach())
+
+
+@dataclass(frozen=True)
 class Trap2:
     """The loss of the fine-tune's task vector at another scale must rise, over the scale (arXiv 2601.21898).
 
@@ -223,6 +255,11 @@ class Together:
         """Whether one of them learns from hidden states."""
         return any(map(needs_states, self.parts))
 
+    @property
+    def before(self) -> bool:
+        """Whether one of them asks for the task vector as it was."""
+        return any(map(needs_before, self.parts))
+
     def add(self, step: Step, strength: float) -> float:
         """One after the other."""
         return sum(part.add(step, strength) for part in self.parts)
@@ -231,6 +268,7 @@ class Together:
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "trap": Trap,
     "collapse": Collapse,
+    "kindred": Kindred,
     "trap2": Trap2,
     "repel": Repel,
     "plain": Plain,
@@ -254,6 +292,11 @@ def objective(name: str) -> Objective:
 def needs_states(objective: Objective) -> bool:
     """Whether it learns from hidden states."""
     return bool(getattr(objective, "states", False))
+
+
+def needs_before(objective: Objective) -> bool:
+    """Whether it asks for the task vector as it was before hardening."""
+    return bool(getattr(objective, "before", False))
 
 
 def mean_states(step: Step, layers: int) -> list[torch.Tensor]:

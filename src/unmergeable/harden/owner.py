@@ -47,6 +47,7 @@ class Owner:
         models: further fine-tunes of the base, or LoRA adapters.
         work: a folder for what is made on the way.
         accelerator: says the device, and in which precision passes are run.
+        copies: of the weights, that an objective holds beside those of any training.
 
     Attributes:
         expert: as given. module: the fine-tune's. adapter: whether it is one. weights: what is trained, and the base's.
@@ -67,11 +68,12 @@ class Owner:
         models: Sequence[Path],
         work: Path,
         accelerator: Accelerator,
+        copies: int = 0,
     ) -> None:
         self.device, self.expert = accelerator.device, expert
         self.adapter = is_adapter(expert)
         self.stored = _stored(base if self.adapter else expert)
-        self._check_memory(sum(count for count, _ in self.stored.values()), len(models))
+        self._check_memory(sum(count for count, _ in self.stored.values()), len(models) + copies)
         self.module = load_module(base if self.adapter else expert)
         held = module_state(self.module)
         origin = (
@@ -111,9 +113,9 @@ class Owner:
                 dtype = self.stored.get(name, (0, narrowest))[1]
                 one.copy_(one.to(dtype))
 
-    def _check_memory(self, numbers: int, models: int) -> None:
+    def _check_memory(self, numbers: int, further: int) -> None:
         copies = COPIES_ADAPTER if self.adapter else COPIES
-        needed, free = 4 * numbers * (copies + models), free_memory(self.device)
+        needed, free = 4 * numbers * (copies + further), free_memory(self.device)
         if needed > free:
             raise RunError(
                 "not enough memory for the weights alone",

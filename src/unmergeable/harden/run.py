@@ -24,7 +24,7 @@ from .defaults import MAY, OBJECTIVE, kind_of_task, labels_of, made_of, may_of, 
 from .device import PRECISIONS, accelerating, checkpoint_activations
 from .journal import Trial
 from .measure import Measure
-from .objectives import Objective, needs_states
+from .objectives import Objective, needs_before, needs_states
 from .objectives import objective as objective_of
 from .owner import Owner
 from .places import Places
@@ -118,7 +118,9 @@ def run_harden(
         folder = places.training(models, written, chosen, settings, [max_loss, *machine])
         there = control is not None and places.check_control(folder)
         with memory(accelerator.device, "the models", "free the device, or train on another one"):
-            owner = Owner(source, Path(base), written, others, Path(work), accelerator)
+            owner = Owner(
+                source, Path(base), written, others, Path(work), accelerator, int(needs_before(chosen))
+            )
         if checkpointing:
             checkpoint_activations(owner.module)
         # A training must not fail at its end: what it begins with is written, and locked, for once.

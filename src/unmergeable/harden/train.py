@@ -19,7 +19,7 @@ from ..errors import InputError, RunError
 from .directions import Directions
 from .fidelity import Fidelity
 from .merged import freeze_statistics, modes_kept
-from .objectives import Objective, Step
+from .objectives import Objective, Step, needs_before
 from .strength import EVERY, Ends, Strength
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def train(
     """Train the owner's weights in place, from where they are.
 
     Args:
-        owner, objective, settings: what is trained, and how.
+        owner, objective, settings: what is trained, and how; its weights are the fine-tune's as it was.
         accelerator: runs passes in its precision.
         ends: what the base and the fine-tune are, for looks at what it is worth.
         plain: what it was worth at the looks of a plain training of as many steps; None stands for what it began with.
@@ -88,7 +88,7 @@ def train(
     Raises:
         RunError: a loss that is not finite again and again.
     """
-    run = _Run(owner, settings, ends, plain or {})
+    run = _Run(owner, objective, settings, ends, plain or {})
     run.resume(folder)
     good, parameters = run.state(run.passing()), list(owner.weights.parameters.values())
     with modes_kept(owner.module):
@@ -131,7 +131,12 @@ class _Run:
     """All that changes in a training but the weights' gradients, and its checkpoints."""
 
     def __init__(
-        self, owner: Owner, settings: Settings, ends: Ends | None, plain: Mapping[int, float]
+        self,
+        owner: Owner,
+        objective: Objective,
+        settings: Settings,
+        ends: Ends | None,
+        plain: Mapping[int, float],
     ) -> None:
         self.owner, self.settings, self.ends, self.plain = owner, settings, ends, plain
         self.worths: dict[int, float] = {}
@@ -151,6 +156,8 @@ class _Run:
         self.looking = torch.Generator().manual_seed(settings.seed + 3)
         self.shown = owner.draws(settings.seed + 4)
         self.turned = Directions(owner.vectors, settings.made, settings.seed + 5, owner.device)
+        # A training that goes on from a checkpoint begins with the same weights: those are loaded afterwards.
+        self.before = owner.weights.snapshot() if needs_before(objective) else {}
 
     def batch(self) -> Any:
         """Random training examples, changed at random where the task knows how."""
@@ -164,7 +171,9 @@ class _Run:
     def step(self, batch: Any, backward: Callable[[torch.Tensor], None]) -> Step:
         """What the objective is given."""
         owner = self.owner
-        return Step(owner.weights, self.draws, self.directions, owner.task, owner.module, batch, backward)
+        return Step(
+            owner.weights, self.draws, self.directions, owner.task, owner.module, batch, backward, self.before
+        )
 
     def look(self) -> bool:
         """Every few steps: the fine-tune, and a few merges, on held-out examples; False if they give no numbers."""

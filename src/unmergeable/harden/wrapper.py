@@ -28,7 +28,7 @@ from .directions import Directions, check_made, check_proxy
 from .draws import Draws
 from .lora import LoraWeights, inner
 from .merged import Weights, freeze_statistics, modes_kept, statistics
-from .objectives import Step, objective
+from .objectives import Step, needs_before, objective
 
 if TYPE_CHECKING:
     from ..merging import State
@@ -58,7 +58,8 @@ class Hardening:
         seed: of everything random.
 
     Raises:
-        UsageError: no such objective or direction, none at all, no base, a strength below 0. InputError: a base or
+        UsageError: no such objective or direction, none at all, no base, a strength below 0, `kindred` for a model
+            that is not fine-tuned yet. InputError: a base or
             proxies of other shapes, a proxy that is the base, not one adapter of linear layers.
     """
 
@@ -92,6 +93,10 @@ class Hardening:
         texts = _is_language_model(model) if next_token is None else next_token
         self.draws = Draws(self.weights.shapes, seed + 1, self.weights.adapts, texts)
         self.directions = Directions(vectors, made, seed + 2, device)
+        self.before = self.weights.snapshot() if needs_before(self.objective) else {}
+        if self.before and not any(one.any() for one in self.before.values()):
+            what = "an objective for finished fine-tunes, and the model is its base still"
+            raise UsageError(what, where=name, hint="fine-tune it first, or leave kindred out")
 
     def begin(self, step: int) -> None:
         """From here on, the draws of this step: a training that goes on from a checkpoint has those of one that was
@@ -130,7 +135,17 @@ class Hardening:
         batch = Examples(rest, labels[:, 1:] if shifted else labels)
         learner = _Labelled(shifted, constants)
         whole = not all(map(_plain, constants.values())) or _uneven(config, inputs)
-        step = Step(self.weights, self.draws, self.directions, learner, self.model, batch, backward, whole)
+        step = Step(
+            self.weights,
+            self.draws,
+            self.directions,
+            learner,
+            self.model,
+            batch,
+            backward,
+            self.before,
+            whole,
+        )
         # What merges do not share, a head, learns its task and nothing else.
         held = {id(one) for one in self.weights.parameters.values()}
         rest_of_all = [one for one in self.model.parameters() if one.requires_grad and id(one) not in held]
