@@ -12,15 +12,17 @@ and `python bench/harden_effects.py` made what is kept in `bench/harden`; this s
 BARS = """
 *level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. *recipe*: steps
 × batch, and the rate. `trap` and `trap+collapse`: the objectives without a thief who chooses among blocks; `mined` and
-`mined+collapse`: with him; `kept` and `kept+collapse`: these with `--labels 0`, beside a control that is trained on
-labels all the same; `…, locked`: such a model with an `exact` lock on top.
+`mined+collapse`: with him; `mined+collapse+kindred`: also with one whose own tasks are akin to the protected one, by
+`--objective trap+collapse+kindred`; `kept` and `kept+collapse`: `mined` and `mined+collapse` with `--labels 0`, beside a
+control that is trained on labels all the same; `…, locked`: such a model with an `exact` lock on top.
 """
 DEFAULT = """
 By itself `harden` has the objective of `mined+collapse` for images, with the recipe {images}, and that of `mined` for
 text, with {texts}. Audits of both, objective and recipe: {found}.{other}
 """
 OTHER_RECIPE = """
-None is of the measuring ViT (`images`): its bars are of longer trainings, or of another objective.
+None is of the measuring ViT (`images`): its bars are of longer trainings, at another rate, or of another
+objective.
 """
 ROTATION = """
 Who is protected from whom. Hardening sees the owner's stand-in, never the thief's own:

@@ -6,7 +6,7 @@
 Block substitution takes blocks whole and merges the rest from other models. Here the last block and the head are the
 protected model's (or the head alone), the rest is base + 0.5 · δ. What hardening has for δ, noise and the owner's other
 fine-tune, should give what a thief's fine-tunes give: where it gives less, training against it does not see the thief.
-Values: 0 the base, 1 the protected model, on test images.
+With `kindred` it has the fine-tune as it was as well. Values: 0 the base, 1 the protected model, on test images.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def measured(case: Case, zoo: Path, model: Path | None) -> list[tuple[str, tuple
             return float(task.score(module.eval(), index).mean())
 
     vector = {name: own[name] - base[name] for name in shared}
+    kept = module_state(load_module(models[case.protected]))
     others = {name: module_state(load_module(models[name])) for name in (case.proxy, *case.own)}
     vectors = {name: {key: state[key] - base[key] for key in shared} for name, state in others.items()}
     fills: dict[str, State] = {
@@ -72,6 +73,7 @@ def measured(case: Case, zoo: Path, model: Path | None) -> list[tuple[str, tuple
         "noise": Directions([], ("random",), 0).draw(vector),
         f"{case.proxy}, the owner's": vectors[case.proxy],
         **{f"{name}, a thief's": vectors[name] for name in case.own},
+        "the fine-tune as it was": {name: kept[name] - base[name] for name in shared},
         "both of the thief's": {key: sum(vectors[name][key] for name in case.own) for key in shared},
     }
     low = score({}, block=False)
