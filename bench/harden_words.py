@@ -13,8 +13,8 @@ BARS = """
 *level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. *recipe*: steps
 × batch, and the rate. `trap` and `trap+collapse`: the objectives without a thief who chooses among blocks; `mined` and
 `mined+collapse`: with him; `mined+collapse+kindred`: also with one whose own tasks are akin to the protected one, by
-`--objective trap+collapse+kindred`; `kept` and `kept+collapse`: `mined` and `mined+collapse` with `--labels 0`, beside a
-control that is trained on labels all the same; `…, locked`: such a model with an `exact` lock on top.
+`--objective trap+collapse+kindred`; `kept` and `kept+collapse`: `mined` and `mined+collapse` with `--labels 0`, beside
+a control that is trained on labels all the same; `…, locked`: such a model with an `exact` lock on top.
 """
 DEFAULT = """
 By itself `harden` has the objective of `mined+collapse` for images, with the recipe {images}, and that of `mined` for
