@@ -125,10 +125,7 @@ class Trap:
                 draw = _best(part, [draw, *(step.draws.again() for _ in range(self.among - 1))], direction)
             for _ in range(self.inner):
                 draw = _improved(part, draw, direction, self.rate)
-            with step.weights.merged(draw, direction):
-                loss = unlikelihood(step.task.logits(step.call, part.batch), part.batch.labels)
-                step.backward(strength / self.merges * loss)
-            total += float(loss.detach()) / self.merges
+            total += _forgotten(part, draw, direction, strength / self.merges) / self.merges
         return total
 
 
@@ -185,10 +182,7 @@ class Kindred:
         start = int(torch.randint(len(step.batch) - size + 1, (), generator=step.draws.generator))
         part = step.part(start, start + size)
         draw = _best(part, [step.draws.again() for _ in range(self.among)], step.before)
-        with step.weights.merged(draw, step.before):
-            loss = unlikelihood(step.task.logits(step.call, part.batch), part.batch.labels)
-            step.backward(strength * loss)
-        return float(loss.detach())
+        return _forgotten(part, draw, step.before, strength)
 
 
 @dataclass(frozen=True)
@@ -348,6 +342,14 @@ def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     counted = labels != IGNORED
     right = torch.softmax(logits[counted], -1).gather(1, labels[counted, None])[:, 0]
     return -(1 - right + LEAST).log().sum() / counted.sum().clamp(min=1)
+
+
+def _forgotten(step: Step, draw: Draw, direction: State, strength: float) -> float:
+    """Add the gradients of strength × a merge's unlikelihood; returns that."""
+    with step.weights.merged(draw, direction):
+        loss = unlikelihood(step.task.logits(step.call, step.batch), step.batch.labels)
+        step.backward(strength * loss)
+    return float(loss.detach())
 
 
 @torch.no_grad()
