@@ -120,7 +120,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
 
     def bars(case: Case) -> list[Variant]:
         named = args.ways or WAYS.get(case.family, ("trap",))
-        return [one for one in BARS if {"bars", "locked"} & set(args.groups) and one.name in named]
+        return [one for one in BARS if {"bars", "locked", "peft"} & set(args.groups) and one.name in named]
 
     def train(rank: float, case: Case, variant: Variant, seed: int) -> str:
         after = ()
@@ -166,12 +166,10 @@ def planned(args: argparse.Namespace) -> list[Job]:
                     judge(rank, case, way, seed, args.attacks, args.top)
                 if "locked" in args.groups:
                     judge(rank + 0.1, case, way, seed, args.attacks, args.top, lock=True)
-            if "peft" in args.groups and case.family == "lora":
-                sides = (train(rank, case, CONTROL, seed), train(rank, case, TRAP, seed))
-                plan(
-                    rank + 0.5,
-                    Job(f"{case.name}-{seed}-peft", by_peft, {"case": case, "seed": seed, **place}, sides),
-                )
+                if "peft" in args.groups and case.family == "lora":
+                    sides = (train(rank, case, CONTROL, seed), train(rank, case, way, seed))
+                    own = {"case": case, "variant": way, "seed": seed, **place}
+                    plan(rank + 0.5, Job(f"{sides[1]}-peft", by_peft, own, sides))
             if "ideas" in args.groups and first and case.name in IDEAS_ON:
                 before = judge(1, case, TRAP, seed, args.trained, 3)
                 for idea in args.ideas:
@@ -287,12 +285,14 @@ def audit(
     }  # fmt: skip
 
 
-def by_peft(case: Case, seed: int, zoo: Path, work: Path, device: str) -> dict[str, Any]:
+def by_peft(case: Case, variant: Variant, seed: int, zoo: Path, work: Path, device: str) -> dict[str, Any]:
     """Merges of the hardened adapter, and of its control, by every method of peft."""
     base, models, setting = paths(case, zoo, work)
     began = time.monotonic()
-    folders = {variant.name: work / f"{case.name}-{seed}-{variant.name}" for variant in (CONTROL, TRAP)}
-    own, plain = models[case.own[0]], folders[CONTROL.name]
+    folders = {
+        side: work / f"{case.name}-{seed}-{one.name}" for side, one in (("control", CONTROL), ("hardened", variant))
+    }
+    own, plain = models[case.own[0]], folders["control"]
     tasks = {name: setting.tasks[name] for name in (case.protected, case.own[0])}
     sides = {
         side: merges(base, folder, own, plain, tasks, pick_device(device), seed + 100)
@@ -300,7 +300,8 @@ def by_peft(case: Case, seed: int, zoo: Path, work: Path, device: str) -> dict[s
     }
     best = {side: max(row["test"]["joint"] for row in rows) for side, rows in sides.items()}
     return {
-        "kind": "peft", "case": case.name, "seed": seed, "rows": sides, "seconds": time.monotonic() - began,
+        "kind": "peft", "case": case.name, "seed": seed, "variant": variant.name, "rows": sides,
+        "seconds": time.monotonic() - began,
         "said": ", ".join(f"{side} {joint:.3f}" for side, joint in best.items()),
     }  # fmt: skip
 

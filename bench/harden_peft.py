@@ -15,7 +15,7 @@ from unmergeable.stock import load_module
 from unmergeable.tasks import open_task
 
 # Of the protected adapter and the thief's own.
-WEIGHTS = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.7), (1.0, 0.3), (0.7, 0.2), (0.3, 0.7), (1.0, 1.0))
+WEIGHTS = ((0.2, 0.2), (0.3, 0.3), (0.5, 0.5), (0.7, 0.7), (1.0, 0.3), (0.7, 0.2), (0.3, 0.7), (1.0, 1.0))
 TYPES = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd",
          "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd")  # fmt: skip
 DENSITY = 0.5

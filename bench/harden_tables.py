@@ -27,6 +27,7 @@ from harden_records import (
 )
 from harden_words import (
     BARS,
+    BY_PEFT,
     DEFAULT,
     EACH,
     HEAD,
@@ -295,10 +296,11 @@ def adapters(records: list[Any]) -> str:
             continue
         sides = {side: {row["type"]: row["test"] for row in rows} for side, rows in record["rows"].items()}
         for kind in sides["control"]:
-            cells = [pair_text(sides[side].get(kind)) for side in ("control", "trap")]
-            lines.append((record["case"], record["seed"], f"`{kind}`", *cells))
-    header = ("adapter", "seed", "`combination_type`", "control", "hardened")
-    return page("### Adapters merged by peft", table(header, lines)) if lines else ""
+            cells = [pair_text(sides[side].get(kind)) for side in ("control", "hardened")]
+            way = f"`{record['variant']}`"
+            lines.append((record["source"], record["case"], record["seed"], way, f"`{kind}`", *cells))
+    header = ("run", "adapter", "seed", "way", "`combination_type`", "control", "hardened")
+    return page("### Adapters merged by peft", BY_PEFT, table(header, lines)) if lines else ""
 
 
 def _mark(record: Record, level: int) -> str:

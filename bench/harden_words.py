@@ -71,6 +71,11 @@ seen in its own training. Rows of one task are to be compared with its `control`
 without the objective. `nasty` (h200) was an idea that trained nothing, for its divergence has no slope where training
 begins; `decoy` took its place.
 """
+BY_PEFT = """
+Merges of the protected adapter and the thief's own by `add_weighted_adapter`, of every combination type that peft has:
+values of the protected task and of his own (0 the base, 1 the adapters) on test windows, of the pair of weights that is
+best by the worse of the two on others. What he has without the protected adapter is 0 or less of its task.
+"""
 PRICES = """
 Medians of the trainings of a run on a GPU, beside the plain training of the same model and seed where the run has one.
 `trap` is two simulated merges a step, three forward and backward passes for one: it has neither the best of four draws
