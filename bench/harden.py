@@ -86,6 +86,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="a recipe's, if not given")
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument(
+        "--adapter", nargs=3, type=float, metavar=("STEPS", "BATCH", "RATE"), help="how adapters are made"
+    )
     parser.add_argument("--strength", type=float, help="fixed; else it follows what simulated merges keep")
     parser.add_argument(
         "--ways", nargs="+", choices=[one.name for one in BARS], help="of the bars; a family's, if not given"
@@ -110,7 +114,10 @@ def planned(args: argparse.Namespace) -> list[Job]:
     place = {"zoo": args.zoo, "work": args.work, "device": args.device}
     chosen = [case for case in cases() if case.name.startswith(tuple(args.only))]
     reduced = {name: getattr(args, name) for name in ("steps", "batch") if getattr(args, name)}
-    given = {**reduced, "precision": args.precision, "strength": args.strength}
+    made = reduced
+    if args.adapter:
+        made = {"steps": int(args.adapter[0]), "batch": int(args.adapter[1]), "rate": args.adapter[2]}
+    given = {**reduced, **({"rate": args.rate} if args.rate else {}), "precision": args.precision, "strength": args.strength}
     found: dict[str, tuple[float, Job]] = {}
 
     def plan(rank: float, job: Job) -> str:
@@ -127,7 +134,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
         if case.family == "lora":
             tasks = (case.protected, case.proxy, *case.own)
             after = tuple(
-                plan(0, Job(f"adapter-{task}", learnt, {"case": Case("lora", task, "", ()), "given": reduced, **place}))
+                plan(0, Job(f"adapter-{task}", learnt, {"case": Case("lora", task, "", ()), "given": made, **place}))
                 for task in tasks
             )  # fmt: skip
         ways = [one for one in bars(case) if one.options != ANSWERS] if args.strength is None else []

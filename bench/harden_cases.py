@@ -174,7 +174,13 @@ def descend(module: torch.nn.Module, task: TensorTask, labels: torch.Tensor, opt
 
 
 def adapter(
-    case: Case, zoo: Path, target: Path, device: torch.device, steps: int = ADAPTER_STEPS, batch: int = 32
+    case: Case,
+    zoo: Path,
+    target: Path,
+    device: torch.device,
+    steps: int = ADAPTER_STEPS,
+    batch: int = 32,
+    rate: float = ADAPTER_RATE,
 ) -> None:
     """A stock LoRA adapter of the base on all linear layers of its blocks, trained on the task."""
     from peft import LoraConfig, get_peft_model
@@ -186,7 +192,7 @@ def adapter(
     shape = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", lora_dropout=0.0)
     module = get_peft_model(load_module(base), shape).to(device)
     task = opened(case, zoo, base)
-    options = {"rate": ADAPTER_RATE, "steps": steps, "batch": batch, "seed": 0}
+    options = {"rate": rate, "steps": steps, "batch": batch, "seed": 0}
     descend(module, task, task.evaluation.labels, options)
     module.save_pretrained(target)
 
