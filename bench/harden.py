@@ -117,7 +117,9 @@ def planned(args: argparse.Namespace) -> list[Job]:
     made = reduced
     if args.adapter:
         made = {"steps": int(args.adapter[0]), "batch": int(args.adapter[1]), "rate": args.adapter[2]}
-    given = {**reduced, **({"rate": args.rate} if args.rate else {}), "precision": args.precision, "strength": args.strength}
+    given = {**reduced, "precision": args.precision, "strength": args.strength}
+    if args.rate:
+        given["rate"] = args.rate
     found: dict[str, tuple[float, Job]] = {}
 
     def plan(rank: float, job: Job) -> str:
