@@ -8,7 +8,7 @@ from typing import Any
 
 from audits_text import flowing, number, page, table
 from harden_records import audits_to, model_key, recipe_of, trainings_of
-from harden_words import EFFECTS, PRICES
+from harden_words import ALONE, EFFECTS, PRICES
 
 
 def prices(records: list[Any]) -> str:
@@ -50,6 +50,24 @@ def prices(records: list[Any]) -> str:
         "ratio",
     )
     return page("### What it costs", PRICES, table(header, lines)) if lines else ""
+
+
+def alone(sources: Mapping[str, Any]) -> str:
+    """What models are worth by themselves, on many images, and what several seeds have in common."""
+    lines, groups = [], dict[tuple[str, ...], list[float]]()
+    for source, found in sources.items():
+        for row in found["rows"]:
+            recipe = f"{row['steps']} × {row['batch']}, {row['rate']:g}"
+            apart = f"{number(100 * row['difference'])} ± {number(100 * row['error'])} points"
+            way = source, row["case"], f"`{row['variant']}`", recipe
+            scores = (number(row[side], 4) for side in ("fine-tune", "control", "hardened"))
+            lines.append((*way, row["seed"], number(row["strength"]), *scores, apart))
+            groups.setdefault(way, []).append(100 * row["difference"])
+    for way, apart in groups.items():
+        if len(apart) > 1:
+            lines.append((*way, "mean", *[""] * 4, f"**{number(sum(apart) / len(apart))} points**"))
+    header = ("run", "model", "way", "recipe", "seed", "λ", "as it was", "control", "hardened", "change")
+    return page("### What it costs alone, on 10,000 images", ALONE, table(header, lines)) if lines else ""
 
 
 def effect(found: Mapping[str, Any], records: list[Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from audits_text import flowing, level_of, number, page, share, table
-from harden_costs import effect, prices
+from harden_costs import alone, effect, prices
 from harden_records import (
     Record,
     audits_to,
@@ -58,7 +58,11 @@ def section(kept: Path) -> str:
     if not records:
         return ""
     abouts = [record for record in records if record["kind"] == "about"]
-    effects = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("*.json"))]
+    effects = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("effects-*.json"))]
+    priced = {
+        path.stem.removeprefix("price-"): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(kept.glob("price-*.json"))
+    }
     return page(
         HEAD,
         "\n".join(f"- `{one['source']}`: {one['text']}\n\n      {one['command']}\n" for one in abouts),
@@ -68,6 +72,7 @@ def section(kept: Path) -> str:
         owners(records),
         adapters(records),
         prices(records),
+        alone(priced),
         *(effect(one, records) for one in effects),
         page("### What others publish", table(("work", "models", "published, not measured here"), PUBLISHED)),
     )

@@ -84,6 +84,10 @@ for each of the trap's merges. Where the strength is fixed, there are no looks a
 they are in the time, and so is the plain training that comes first. Peak memory as torch counts it; time with other
 processes on the GPU, as many as the runs say.
 """
+ALONE = """
+Of models of clothes, on all 10,000 test images of Fashion-MNIST (`bench/harden_price.py`), where audits score 500 or
+1,000 of them. ±: the standard error of the difference, over images. These are the figures to go by.
+"""
 EFFECTS = """
 Of {way}. On {slice}; score: accuracy or minus nats a token; ece: expected calibration error; int8: every matrix rounded
 to 255 levels, one scale a row. *further*: the score after a licensed user's own plain training from the model.

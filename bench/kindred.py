@@ -65,7 +65,7 @@ def measured(case: Case, zoo: Path, model: Path | None) -> list[tuple[str, tuple
             return float(task.score(module.eval(), index).mean())
 
     vector = {name: own[name] - base[name] for name in shared}
-    kept = module_state(load_module(models[case.protected]))
+    kept = own if model is None else module_state(load_module(models[case.protected]))
     others = {name: module_state(load_module(models[name])) for name in (case.proxy, *case.own)}
     vectors = {name: {key: state[key] - base[key] for key in shared} for name, state in others.items()}
     fills: dict[str, State] = {
