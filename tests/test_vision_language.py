@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,40 @@ def test_the_language_model_is_locked(made: Callable[[], tuple[Any, Inputs]], tm
         assert {"qk", "vo", "mlp", "heads"} <= {site.kind for site in report.sites if site.acted}
         away = float((logits(tmp_path / method, inputs) - expected).abs().max() / expected.std())
         assert away < (1e-11 if method == "exact" else 2e-5), method
+
+
+def flattened(written: Mapping[str, Any]) -> dict[str, Any]:
+    """As Qwen2-VL was published: what its language model is stands at the top, in names of then."""
+    nested = {name: value for name, value in written.items() if name != "text_config"}
+    part = {n: v for n, v in written["text_config"].items() if n not in ("model_type", "layer_types")}
+    rotary = part.pop("rope_parameters")
+    old = {
+        "rope_theta": rotary["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rotary["mrope_section"]},
+    }
+    return {**part, **old, **nested}
+
+
+@pytest.mark.parametrize("made", [qwen2_vl, qwen2_5_vl])
+def test_a_language_model_described_at_the_top_is_locked(
+    made: Callable[[], tuple[Any, Inputs]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, inputs = made()
+    with torch.no_grad():
+        for one in module.parameters():
+            one.add_((0.3 if one.ndim < 2 else 0.12) * torch.randn(one.shape))
+    module.save_pretrained(tmp_path / "model")
+    nested = logits(tmp_path / "model", inputs)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(flattened(json.loads(config.read_text()))))
+    expected = logits(tmp_path / "model", inputs)
+    assert torch.equal(expected, nested)
+    for method, report in locks(tmp_path):
+        assert {"qk", "vo", "mlp", "heads"} <= {site.kind for site in report.sites if site.acted}
+        away = float((logits(tmp_path / method, inputs) - expected).abs().max() / expected.std())
+        assert away < (1e-11 if method == "exact" else 2e-5), method
+        assert (tmp_path / method / "config.json").read_bytes() == config.read_bytes()
 
 
 def logits(path: Path, inputs: Inputs) -> torch.Tensor:

@@ -69,8 +69,9 @@ def class_defaults(config_class: Any) -> Config:
 
     Returns:
         declared field defaults, nested for sub-configurations whose class is fixed. The reserved key `$class`
-        holds `aliases` (alias -> field), `legacy` (old top-level name -> name inside `rope_parameters`) and
-        `flat_rotary` (whether an old `rope_scaling` simply becomes `rope_parameters`).
+        holds `aliases` (alias -> field), `legacy` (old top-level name -> name inside `rope_parameters`),
+        `flat_rotary` (whether an old `rope_scaling` simply becomes `rope_parameters`) and `flat` (sub-configuration ->
+        which of its fields old files have at the top: those that are `moved`, and those of which that is not known).
     """
     defaults: Config = {}
     for field in dataclasses.fields(config_class):
@@ -91,6 +92,8 @@ def class_defaults(config_class: Any) -> Config:
             defaults[name][CLASS]["absent"] = {k: v for k, v in spec.init_kwargs.items() if _is_json(v)}
     defaults[CLASS] = {"aliases": dict(getattr(config_class, "attribute_map", None) or {})}
     defaults[CLASS].update(_rotary_spellings(config_class))
+    if flat := _flat_spellings(config_class, [name for name, part in defaults.items() if _is_part(part)]):
+        defaults[CLASS]["flat"] = flat
     return defaults
 
 
@@ -117,6 +120,8 @@ def canonical_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         _rename(given, alias, field)
     if known.get("flat_rotary"):
         _canonical_rotary(given, known)
+    for name, fields in known.get("flat", {}).items():
+        _nest(given, name, fields)
     result: Config = {}
     for declared, default in defaults.items():
         if declared == CLASS:
@@ -126,7 +131,7 @@ def canonical_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         )  # a class may declare an alias of its own field
         if name in result:
             continue
-        if isinstance(default, Mapping) and CLASS in default:
+        if _is_part(default):
             nested = given.pop(name, None)
             if nested is None:
                 nested = default[CLASS].get("absent", {})
@@ -228,6 +233,11 @@ def _is_configuration(value: Any) -> bool:
     return isinstance(value, Mapping) and ("model_type" in value or "hidden_size" in value)
 
 
+def _is_part(default: Any) -> bool:
+    """Whether this default is of a sub-configuration."""
+    return isinstance(default, Mapping) and CLASS in default
+
+
 def _rename(fields: Config, old: str, new: str) -> None:
     if old not in fields or old == new:
         return
@@ -287,6 +297,63 @@ def _rotary_spellings(config_class: Any) -> Config:
         if _rotary_of(config_class, {name: _PROBE}).get("partial_rotary_factor") == _PROBE:
             legacy[name] = "partial_rotary_factor"
     return {"flat_rotary": True, "legacy": legacy}
+
+
+def _nest(given: Config, name: str, fields: Mapping[str, list[str]]) -> None:
+    """Put the fields of a sub-configuration where they are now; not where the class may read one of them otherwise."""
+    if given.get(name) is not None or any(given.get(field) is not None for field in fields["left"]):
+        return
+    if part := {field: given.pop(field) for field in fields["moved"] if field in given}:
+        given[name] = part
+
+
+def _flat_spellings(config_class: Any, parts: list[str]) -> Config:
+    """The sub-configurations whose fields the class itself takes from the top where they are missing, by asking it.
+
+    Published Qwen2-VL has those of its language model there. All fields at once, with other values than by default,
+    must make the same configuration at the top as in their place.
+    """
+    declared = {field.name: field.default for field in dataclasses.fields(config_class)}
+    found: Config = {}
+    for name in parts:
+        if declared.get(name, 0) is not None:
+            continue
+        part_class = config_class.sub_configs_defaults[name].config_class
+        fields = {
+            field.name: field.default
+            for field in dataclasses.fields(part_class)
+            if field.name not in declared
+        }
+        probes = {one: other for one, default in fields.items() if (other := _another(default)) is not None}
+        # A number may be what is missing by default.
+        probes |= {
+            one: 1 for one, default in fields.items() if default is None and _read(config_class, {one: 1})
+        }
+        rotary = [_ROTARY, "rope_scaling", "rope_theta"] if fields.pop(_ROTARY, 0) is None else []
+        if rotary:
+            probes |= {"rope_scaling": {"rope_type": "default", "factor": 2.0}, "rope_theta": _PROBE}
+        top, nested, plain = (_read(config_class, given) for given in (probes, {name: probes}, {}))
+        if top is not None and plain != top == nested:
+            found[name] = {"moved": sorted({*probes, *rotary}), "left": sorted(fields.keys() - probes.keys())}
+    return found
+
+
+def _another(default: Any) -> Any:
+    """Another value of this kind; None where none is known to be valid."""
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return 2 * default or 1
+    if isinstance(default, float):
+        return _PROBE
+    return {"silu": "gelu", "gelu": "silu"}.get(default) if isinstance(default, str) else None
+
+
+def _read(config_class: Any, arguments: Config) -> Config | None:
+    try:
+        return dict(config_class(**copy.deepcopy(arguments)).to_dict())
+    except Exception:  # a class may reject probes in any way: then nothing is known of it
+        return None
 
 
 def _rotary_of(config_class: Any, arguments: Config) -> Mapping[str, Any]:
