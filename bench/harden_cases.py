@@ -21,7 +21,7 @@ TEXTS = ("c", "python", "js")
 EMBEDDED = ("fashion", "digits", "latin", "cyrillic")
 FAMILIES = {"text": "llama", "text2": "gpt2", "lora": "llama"}
 # The strength follows what simulated merges keep, unless --strength fixes it: what takes `fmnist` away leaves `cyr`.
-# Of `images` they are not those of `harden` by itself, which are those of `embedded`; nor are those of `text`.
+# They are not those of `harden` by itself: of images that is 900 steps of 64 at 3e-4, of text 1200 of 16 at 5e-4.
 RECIPES: dict[str, dict[str, Any]] = {
     "embedded": {"steps": 300, "batch": 64, "rate": 3e-4},
     "images": {"steps": 600, "batch": 128, "rate": 2e-4},

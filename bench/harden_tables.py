@@ -341,7 +341,7 @@ def _defaults(records: list[Any]) -> str:
     """What `harden` does unless it is asked for something else, and which audits are of that."""
     from unmergeable.harden.defaults import DEFAULTS
 
-    ways = {"mined+collapse": "image-classification", "mined": "language-modelling"}
+    ways = {"mined+collapse+kindred": "image-classification", "mined": "language-modelling"}
     recipes = {
         way: f"{DEFAULTS[kind].steps} × {DEFAULTS[kind].batch}, {DEFAULTS[kind].rate:g}"
         for way, kind in ways.items()

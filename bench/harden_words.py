@@ -17,12 +17,11 @@ BARS = """
 a control that is trained on labels all the same; `…, locked`: such a model with an `exact` lock on top.
 """
 DEFAULT = """
-By itself `harden` has the objective of `mined+collapse` for images, with the recipe {images}, and that of `mined` for
-text, with {texts}. Audits of both, objective and recipe: {found}.{other}
+By itself `harden` has the objective of `mined+collapse+kindred` for images, with the recipe {images}, and that of
+`mined` for text, with {texts}. Audits of both, objective and recipe: {found}.{other}
 """
 OTHER_RECIPE = """
-None is of the measuring ViT (`images`): its bars are of longer trainings, at another rate, or of another
-objective.
+None is of the measuring ViT (`images`): its bars are of another recipe, or of another objective.
 """
 ROTATION = """
 Who is protected from whom. Hardening sees the owner's stand-in, never the thief's own:

@@ -41,7 +41,7 @@ def plain(text: str) -> list[str]:
         ("merging", 12),
         ("attacks", 15),
         ("audit", 8),
-        pytest.param("harden", 5, marks=pytest.mark.slow),  # a training of two minutes
+        pytest.param("harden", 5, marks=pytest.mark.slow),  # a training of several minutes
     ],
 )
 def test_commands(name: str, commands: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_data_of_every_form(
     given["device"] = "cpu"
     report = um.harden(tmp_path / "expert", tmp_path / "out", fields=more, **given)
     images = kind == "image-classification"
-    assert report.objective == ("trap+collapse" if images else "trap")
+    assert report.objective == ("trap+collapse+kindred" if images else "trap")
     assert report.metric == ("cross-entropy" if kind == "language-modelling" else "accuracy")
     assert sum(report.examples.values()) == COUNT
     files = [sorted(one.name for one in (tmp_path / name).iterdir()) for name in ("expert", "out")]

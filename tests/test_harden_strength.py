@@ -176,13 +176,13 @@ def test_by_itself_the_traps_strength_follows(models: Path, tmp_path: Path) -> N
 def test_of_images_the_trap_is_not_alone(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert harden(models, tmp_path / "out", objective=None, steps=3).objective == "trap+collapse"
+    assert harden(models, tmp_path / "out", objective=None, steps=3).objective == "trap+collapse+kindred"
 
     def none(*_: Any) -> Any:
         raise InputError("the model gives no hidden states")
 
     monkeypatch.setattr(TensorTask, "states", none)
-    assert harden(models, tmp_path / "without", objective=None, steps=3).objective == "trap"
+    assert harden(models, tmp_path / "without", objective=None, steps=3).objective == "trap+kindred"
     with pytest.raises(InputError, match="no hidden states"):
         harden(models, tmp_path / "asked", objective="trap+collapse", steps=3)
 

@@ -45,7 +45,8 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--objective", metavar="NAME",
-        help=f"{', '.join(OBJECTIVES)}, or several with a + between them (trap+collapse for images, trap for text)",
+        help=f"{', '.join(OBJECTIVES)}, or several with a + between them (trap+collapse+kindred for images, trap for "
+        "text)",
     )  # fmt: skip
     parser.add_argument(
         "--strength", metavar="λ", type=float, help="of the objective, fixed, or the first to try"

@@ -229,7 +229,7 @@ def demonstrated(result: DemoResult) -> str:
                 f"{lock.output_change:.1e}" if lock.verified is not None else "",
                 {True: "holds", False: "FAILS", None: ""}[lock.verified],
                 _undone(lock),
-                f"{lock.joint:+.2f}",
+                f"{lock.joint:+z.2f}",
             )
             for lock in result.locks
         ],
@@ -242,9 +242,9 @@ def demonstrated(result: DemoResult) -> str:
                 lock.method,
                 merge.method,
                 _options(merge),
-                f"{merge.protected:+.2f}",
-                f"{merge.own:+.2f}",
-                f"{merge.joint:+.2f}",
+                f"{merge.protected:+z.2f}",
+                f"{merge.own:+z.2f}",
+                f"{merge.joint:+z.2f}",
             )
             for lock in result.locks
             for merge in lock.merges
@@ -254,7 +254,7 @@ def demonstrated(result: DemoResult) -> str:
     legend = (
         "protected, own: what a merge keeps of the protected task, and of the worst of the thief's own, where 0\n"
         "is the base and 1 the task's own fine-tune. thief gets: the worse of the two. Chosen on some images,\n"
-        f"reported on others. The protected model by itself: {result.alone[0]:+.2f}, {result.alone[1]:+.2f}."
+        f"reported on others. The protected model by itself: {result.alone[0]:+z.2f}, {result.alone[1]:+z.2f}."
     )
     judged = "the audit of exact, by two of its attacks:\n" + "\n".join(result.audit)
     files = f"written: {', '.join(result.files)} ({result.seconds:.0f} s)"

@@ -36,9 +36,9 @@ def audited(result: AuditResult) -> str:
                     str(level.level),
                     f"{floor.floor:.2f}",
                     _attack(result.rows, taken),
-                    f"{taken.value:+.2f}",
-                    f"{control.value:+.2f}",
-                    f"{floor.chosen['without'].value:+.2f}",
+                    f"{taken.value:+z.2f}",
+                    f"{control.value:+z.2f}",
+                    f"{floor.chosen['without'].value:+z.2f}",
                 )
             )
     chosen = table(

@@ -21,7 +21,7 @@ def _plain(report: HardenReport, unit: str) -> list[tuple[str, str, str, str]]:
     scores = report.standalone
     if "plain" not in scores:
         return []
-    change = f"{-lost(scores['before'], scores['plain']):+.2f} {unit}"
+    change = f"{-lost(scores['before'], scores['plain']):+z.2f} {unit}"
     return [("the same, trained plainly", f"{scores['before']:.4f}", f"{scores['plain']:.4f}", change)]
 
 
@@ -56,7 +56,7 @@ def hardened(report: HardenReport) -> str:
     rows = [
         (
             f"{report.metric} alone", f"{standalone['before']:.4f}", f"{standalone['after']:.4f}",
-            f"{-report.loss:+.2f} {unit}",
+            f"{-report.loss:+z.2f} {unit}",
         ),
         *_plain(report, unit),
         ("exposure, mean", f"{exposure['before']['mean']:.2f}", f"{exposure['after']['mean']:.2f}", ""),
@@ -66,7 +66,7 @@ def hardened(report: HardenReport) -> str:
     if len(report.trials) > 1:
         tries = [
             (
-                f"{one['strength']:.3g}", f"{one['steps']} of {one['of']}", f"{-one['loss']:+.2f}",
+                f"{one['strength']:.3g}", f"{one['steps']} of {one['of']}", f"{-one['loss']:+z.2f}",
                 f"{one['exposure']['mean']:.2f}",
                 "yes" if one["allowed"] else "no",
             )

@@ -117,7 +117,8 @@ def harden(
         made: directions that are made up in the place of a thief's fine-tunes: `random` (by itself), `spectrum`; none
             of them needs proxies.
         objective: `trap`, `collapse`, `kindred`, `trap2`, `repel`, `plain` (a control), or several with a + between; or
-            an object of the protocol in `harden.objectives`. If not given, `trap+collapse` for images, `trap` for text.
+            an object of the protocol in `harden.objectives`. If not given, `trap+collapse+kindred` for
+            images, `trap` for text.
         strength: of the objective, fixed; with `max_loss`, the first one that is tried. Without either, the trap's
             strength follows what simulated merges keep.
         max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
