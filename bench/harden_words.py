@@ -85,7 +85,8 @@ processes on the GPU, as many as the runs say.
 """
 ALONE = """
 Of models of clothes, on all 10,000 test images of Fashion-MNIST (`bench/harden_price.py`), where audits score 500 or
-1,000 of them. ±: the standard error of the difference, over images. These are the figures to go by.
+1,000 of them: these are the figures to go by. ±: the standard error of the difference, over images. The models of
+`cpu-mined` were trained once more for it.
 """
 EFFECTS = """
 Of {way}. On {slice}; score: accuracy or minus nats a token; ece: expected calibration error; int8: every matrix rounded
