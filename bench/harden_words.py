@@ -78,10 +78,10 @@ best by the worse of the two on others. What he has without the protected adapte
 PRICES = """
 Medians of the trainings of a run on a GPU, beside the plain training of the same model and seed where the run has one.
 `trap` is two simulated merges a step, three forward and backward passes for one: it has neither the best of four draws
-nor `collapse`, a merge more. `mined+collapse` has both, as `harden` has them by itself for images, and half of a batch
-for each of the trap's merges. Where the strength is fixed, there are no looks at held-out examples; where it follows,
-they are in the time, and so is the plain training that comes first. Peak memory as torch counts it; time with other
-processes on the GPU, as many as the runs say.
+nor `collapse`, a merge more. `mined+collapse` has both, and half of a batch for each of the trap's merges; what
+`harden` does by itself for images has one merge more, of half a batch (`kindred`). Where the strength is fixed, there
+are no looks at held-out examples; where it follows, they are in the time, and so is the plain training that comes
+first. Peak memory as torch counts it; time with other processes on the GPU, as many as the runs say.
 """
 ALONE = """
 Of models of clothes, on all 10,000 test images of Fashion-MNIST (`bench/harden_price.py`), where audits score 500 or

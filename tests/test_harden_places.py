@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,19 @@ def test_anothers_partial_state_is_left_alone(models: Path, tmp_path: Path) -> N
         assert state.device.type == "cpu"
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter", "asked", "rate"),
+    [
+        ("language-modelling", True, None, 1e-3),
+        ("language-modelling", False, None, 5e-4),
+        ("language-modelling", True, 2e-4, 2e-4),
+        ("image-classification", True, None, 3e-4),
+    ],
+)
+def test_adapters_of_language_models_have_a_rate_of_their_own(
+    kind: str, adapter: bool, asked: float | None, rate: float
+) -> None:
+    found = defaults_module.settings_of(kind, adapter, None, None, asked, None, 0)
+    assert found == replace(defaults_module.DEFAULTS[kind], rate=rate)

@@ -127,7 +127,7 @@ def harden(
             rises until they keep no more. With `strength`, from there.
         labels: the part of the loss that asks for the labels once more, 0 to 1 (1 if not given); the rest asks for the
             fine-tune's own answers to the same examples, so that it stays what it is: better where data is little.
-        steps, rate, batch: of AdamW; as the kind of task asks for if not given.
+        steps, rate, batch: of AdamW; as the kind of task, and of model, asks for if not given.
         seed: of everything random.
         lock: a key to lock the result with, by `exact`.
         control: a new folder for the fine-tune as plain training of as many steps on the same batches leaves it: what

@@ -25,6 +25,8 @@ DEFAULTS = {
     "sequence-to-sequence": Settings(strength=0.3, steps=600, rate=3e-4, batch=16),
     "language-modelling": Settings(strength=0.3, steps=1200, rate=5e-4, batch=16),
 }
+# Adapters are trained at higher rates than whole models; this one was audited.
+ADAPTER_RATES = {"language-modelling": 1e-3}
 # Where it is not the trap alone: beside it, hidden states that are alike cost less for as much, and what a thief's akin
 # fine-tunes lend to whole blocks is taken away; of text the first gained nothing, the second was not measured.
 OBJECTIVE = {"image-classification": "trap+collapse+kindred"}
@@ -45,8 +47,16 @@ def kind_of_task(model: Path, asked: str | None) -> str:
 
 
 def settings_of(
-    kind: str, strength: float | None, steps: int | None, rate: float | None, batch: int | None, seed: int
+    kind: str,
+    adapter: bool,
+    strength: float | None,
+    steps: int | None,
+    rate: float | None,
+    batch: int | None,
+    seed: int,
 ) -> Settings:
+    if rate is None and adapter:
+        rate = ADAPTER_RATES.get(kind)
     given = {"strength": strength, "steps": steps, "rate": rate, "batch": batch}
     chosen = {**asdict(DEFAULTS[kind]), "seed": seed, **{n: v for n, v in given.items() if v is not None}}
     for name, value in given.items():

@@ -83,7 +83,7 @@ def run_harden(
     check_seed(seed)
     kind = kind_of_task(Path(base) if adapter else source, task)
     chosen = named or objective_of(OBJECTIVE.get(kind, "trap"))
-    settings = settings_of(kind, strength, steps, rate, batch, seed)
+    settings = settings_of(kind, adapter, strength, steps, rate, batch, seed)
     settings = replace(
         settings,
         may=may_of(may, kind, strength, max_loss, chosen),
