@@ -310,8 +310,8 @@ def _nest(given: Config, name: str, fields: Mapping[str, list[str]]) -> None:
 def _flat_spellings(config_class: Any, parts: list[str]) -> Config:
     """The sub-configurations whose fields the class itself takes from the top where they are missing, by asking it.
 
-    Published Qwen2-VL has those of its language model there. All fields at once, with other values than by default,
-    must make the same configuration at the top as in their place.
+    Some published models that see have those of their language model there. All fields at once, with other values than
+    by default, must make the same configuration at the top as in their place.
     """
     declared = {field.name: field.default for field in dataclasses.fields(config_class)}
     found: Config = {}
@@ -329,13 +329,19 @@ def _flat_spellings(config_class: Any, parts: list[str]) -> Config:
         probes |= {
             one: 1 for one, default in fields.items() if default is None and _read(config_class, {one: 1})
         }
-        rotary = [_ROTARY, "rope_scaling", "rope_theta"] if fields.pop(_ROTARY, 0) is None else []
-        if rotary:
-            probes |= {"rope_scaling": {"rope_type": "default", "factor": 2.0}, "rope_theta": _PROBE}
-        top, nested, plain = (_read(config_class, given) for given in (probes, {name: probes}, {}))
-        if top is not None and plain != top == nested:
-            found[name] = {"moved": sorted({*probes, *rotary}), "left": sorted(fields.keys() - probes.keys())}
+        rotary = {"rope_type": "default", "factor": 2.0}
+        if _ROTARY in fields:
+            probes |= {"rope_scaling": rotary, "rope_theta": _PROBE}
+        if _alike(config_class, name, probes):
+            moved = {*probes, _ROTARY} if _alike(config_class, name, {_ROTARY: rotary}) else {*probes}
+            found[name] = {"moved": sorted(moved), "left": sorted(fields.keys() - moved)}
     return found
+
+
+def _alike(config_class: Any, part: str, given: Config) -> bool:
+    """Whether these fields make a difference, and the same one at the top as in their part."""
+    top, nested, plain = (_read(config_class, one) for one in (given, {part: given}, {}))
+    return top is not None and plain != top == nested
 
 
 def _another(default: Any) -> Any:
