@@ -339,19 +339,26 @@ def _open(records: list[Any]) -> str:
 
 def _defaults(records: list[Any]) -> str:
     """What `harden` does unless it is asked for something else, and which audits are of that."""
-    from unmergeable.harden.defaults import DEFAULTS
+    from unmergeable.harden.defaults import ADAPTER_RATES, DEFAULTS
 
-    ways = {"mined+collapse+kindred": "image-classification", "mined": "language-modelling"}
-    recipes = {
-        way: f"{DEFAULTS[kind].steps} × {DEFAULTS[kind].batch}, {DEFAULTS[kind].rate:g}"
-        for way, kind in ways.items()
-    }
+    kinds = {"mined+collapse+kindred": "image-classification", "mined": "language-modelling"}
+
+    def recipe(kind: str, adapter: bool) -> str:
+        own = DEFAULTS[kind]
+        return f"{own.steps} × {own.batch}, {ADAPTER_RATES.get(kind, own.rate) if adapter else own.rate:g}"
+
     trainings = trainings_of(records)
     found = dict.fromkeys(
         f"{record['case']} ({record['source']})"
-        for record in audits_to(records, 1, 2)
-        if recipe_of(trainings.get(model_key(record))) == recipes.get(record["variant"])
+        for record in audits_to(records, 1, 2, 3)
+        if (kind := kinds.get(record["variant"])) is not None
+        and recipe_of(trainings.get(model_key(record))) == recipe(kind, record["case"].startswith("lora-"))
     )
     other = "" if any(name.startswith("images-") for name in found) else OTHER_RECIPE
-    images, texts = recipes.values()
-    return flowing(DEFAULT.format(images=images, texts=texts, found=", ".join(found) or "none", other=other))
+    images, texts = (recipe(kind, adapter=False) for kind in kinds.values())
+    adapters = f"{ADAPTER_RATES['language-modelling']:g}"
+    return flowing(
+        DEFAULT.format(
+            images=images, texts=texts, adapters=adapters, found=", ".join(found) or "none", other=other
+        )
+    )

@@ -18,7 +18,7 @@ a control that is trained on labels all the same; `…, locked`: such a model wi
 """
 DEFAULT = """
 By itself `harden` has the objective of `mined+collapse+kindred` for images, with the recipe {images}, and that of
-`mined` for text, with {texts}. Audits of both, objective and recipe: {found}.{other}
+`mined` for text, with {texts} (adapters: {adapters}). Audits of both, objective and recipe: {found}.{other}
 """
 OTHER_RECIPE = """
 None is of the measuring ViT (`images`): its bars are of another recipe, or of another objective.
