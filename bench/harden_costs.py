@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from audits_text import flowing, number, page, table
-from harden_records import audits_to, model_key, recipe_of, trainings_of
+from harden_records import audits_to, model_key, recipe_of, recipe_text, trainings_of
 from harden_words import ALONE, EFFECTS, PRICES
 
 
@@ -57,7 +57,7 @@ def alone(sources: Mapping[str, Any]) -> str:
     lines, groups = [], dict[tuple[str, ...], list[float]]()
     for source, found in sources.items():
         for row in found["rows"]:
-            recipe = f"{row['steps']} × {row['batch']}, {row['rate']:g}"
+            recipe = recipe_text(*(row[name] for name in ("steps", "batch", "rate")))
             apart = f"{number(100 * row['difference'])} ± {number(100 * row['error'])} points"
             way = source, row["case"], f"`{row['variant']}`", recipe
             scores = (number(row[side], 4) for side in ("fine-tune", "control", "hardened"))

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from harden_cases import cases, paths
+from harden_cases import cases, paths, tensors
 from unmergeable.stock import load_module
-from zoo_images import Images, read_fashion
+from zoo_images import read_fashion
 
 CASES = ("embedded-fashion", "images-fmnist")
 KEPT = Path(__file__).parent / "harden"
-BATCH = 500
 
 
 def main() -> None:
@@ -37,13 +37,16 @@ def main() -> None:
     parser.add_argument("--keep", metavar="NAME", help="keep what was found in bench/harden under this name")
     args = parser.parse_args()
     images, labels = read_fashion(args.fashion, "t10k")
-    rows = priced(args.work, args.zoo, images, labels)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "t10k.npz"
+        np.savez(data, images=images, labels=labels)
+        rows = priced(args.work, args.zoo, data)
     if args.keep:
         found = {"images": len(images), "rows": rows}
         (KEPT / f"price-{args.keep}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def priced(work: Path, zoo: Path, images: Images, labels: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+def priced(work: Path, zoo: Path, data: Path) -> list[dict[str, Any]]:
     """Of every hardened model in the records there: what it has right beside its control."""
     known, rows = {one.name: one for one in cases()}, []
     for record in map(json.loads, (work / "records.jsonl").open(encoding="utf-8")):
@@ -52,10 +55,10 @@ def priced(work: Path, zoo: Path, images: Images, labels: np.ndarray[Any, Any]) 
         name, report, case = f"{record['case']}-{record['seed']}", record["report"], known[record["case"]]
         before = paths(case, zoo, work)[1][case.protected]
         first, control, hardened = (
-            right(model, images, labels)
+            right(model, data)
             for model in (before, work / f"{name}-control", work / f"{name}-{record['variant']}")
         )
-        apart = hardened.astype(float) - control
+        apart = hardened - control
         row = {
             **{field: record[field] for field in ("case", "seed", "variant")},
             **{field: report[field] for field in ("objective", "strength", "steps", "batch", "rate")},
@@ -70,15 +73,11 @@ def priced(work: Path, zoo: Path, images: Images, labels: np.ndarray[Any, Any]) 
     return rows
 
 
-def right(model: Path, images: Images, labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Whether it names each image as it is labelled, (n,) booleans."""
-    module: Any = load_module(model).eval()
-    found = []
-    with torch.inference_mode():
-        for start in range(0, len(images), BATCH):
-            pixels = torch.from_numpy(images[start : start + BATCH].copy()).float()[:, None] / 255
-            found.append(module(pixel_values=(pixels - 0.5) / 0.5).logits.argmax(-1).numpy())
-    return np.concatenate(found) == labels
+@cache
+def right(model: Path, data: Path) -> Any:
+    """Whether it names each image as it is labelled, (n,) of 0 and 1."""
+    task = tensors("fashion", {"kind": "image-classification", "data": str(data), "mean": 0.5, "std": 0.5}, model)
+    return task.score(load_module(model).eval(), range(len(task)))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,11 @@ def recipe_of(trained: Record | None) -> str:
     if trained is None:
         return ""
     report = trained["report"]
-    return f"{report['steps']} × {report['batch']}, {report['rate']:g}"
+    return recipe_text(*(report[name] for name in ("steps", "batch", "rate")))
+
+
+def recipe_text(steps: int, batch: int, rate: float) -> str:
+    return f"{steps} × {batch}, {rate:g}"
 
 
 def joint_of(record: Record) -> float:

@@ -23,6 +23,7 @@ from harden_records import (
     pair_text,
     pairs_of,
     recipe_of,
+    recipe_text,
     trainings_of,
 )
 from harden_words import (
@@ -339,13 +340,13 @@ def _open(records: list[Any]) -> str:
 
 def _defaults(records: list[Any]) -> str:
     """What `harden` does unless it is asked for something else, and which audits are of that."""
-    from unmergeable.harden.defaults import ADAPTER_RATES, DEFAULTS
+    from unmergeable.harden.defaults import settings_of
 
     kinds = {"mined+collapse+kindred": "image-classification", "mined": "language-modelling"}
 
     def recipe(kind: str, adapter: bool) -> str:
-        own = DEFAULTS[kind]
-        return f"{own.steps} × {own.batch}, {ADAPTER_RATES.get(kind, own.rate) if adapter else own.rate:g}"
+        own = settings_of(kind, adapter, None, None, None, None, 0)
+        return recipe_text(own.steps, own.batch, own.rate)
 
     trainings = trainings_of(records)
     found = dict.fromkeys(
@@ -356,7 +357,7 @@ def _defaults(records: list[Any]) -> str:
     )
     other = "" if any(name.startswith("images-") for name in found) else OTHER_RECIPE
     images, texts = (recipe(kind, adapter=False) for kind in kinds.values())
-    adapters = f"{ADAPTER_RATES['language-modelling']:g}"
+    adapters = recipe("language-modelling", adapter=True)
     return flowing(
         DEFAULT.format(
             images=images, texts=texts, adapters=adapters, found=", ".join(found) or "none", other=other

@@ -224,17 +224,29 @@ def test_a_proof_has_tokens_where_the_image_is_read(made: Callable[[], tuple[Any
 
 @pytest.mark.parametrize("made", MADE)
 def test_the_language_model_is_locked(made: Callable[[], tuple[Any, Inputs]], tmp_path: Path) -> None:
+    check_locks(tmp_path, saved(made, tmp_path / "model"))
+
+
+def saved(made: Callable[[], tuple[Any, Inputs]], path: Path) -> Inputs:
+    """A model of which no tensor is as it begins, on disk; its inputs."""
     torch.manual_seed(0)
     module, inputs = made()
     with torch.no_grad():
         for one in (one for one in module.parameters() if one.requires_grad):
             one.add_((0.3 if one.ndim < 2 else 0.12) * torch.randn(one.shape))
-    module.save_pretrained(tmp_path / "model")
-    expected = logits(tmp_path / "model", inputs)
-    for method, report in locks(tmp_path):
+    module.save_pretrained(path)
+    return inputs
+
+
+def check_locks(folder: Path, inputs: Inputs) -> None:
+    """Locks of the model in a folder act on its language model, and it answers as before."""
+    expected = logits(folder / "model", inputs)
+    for method, report in locks(folder):
         assert {"qk", "vo", "mlp", "heads"} <= {site.kind for site in report.sites if site.acted}
-        away = float((logits(tmp_path / method, inputs) - expected).abs().max() / expected.std())
+        away = float((logits(folder / method, inputs) - expected).abs().max() / expected.std())
         assert away < (1e-11 if method == "exact" else 2e-5), method
+        before, after = (folder / name / "config.json" for name in ("model", method))
+        assert after.read_bytes() == before.read_bytes()
 
 
 def flattened(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,22 +265,12 @@ def flattened(written: Mapping[str, Any]) -> dict[str, Any]:
 def test_a_language_model_described_at_the_top_is_locked(
     made: Callable[[], tuple[Any, Inputs]], tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    module, inputs = made()
-    with torch.no_grad():
-        for one in module.parameters():
-            one.add_((0.3 if one.ndim < 2 else 0.12) * torch.randn(one.shape))
-    module.save_pretrained(tmp_path / "model")
+    inputs = saved(made, tmp_path / "model")
     nested = logits(tmp_path / "model", inputs)
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(flattened(json.loads(config.read_text()))))
-    expected = logits(tmp_path / "model", inputs)
-    assert torch.equal(expected, nested)
-    for method, report in locks(tmp_path):
-        assert {"qk", "vo", "mlp", "heads"} <= {site.kind for site in report.sites if site.acted}
-        away = float((logits(tmp_path / method, inputs) - expected).abs().max() / expected.std())
-        assert away < (1e-11 if method == "exact" else 2e-5), method
-        assert (tmp_path / method / "config.json").read_bytes() == config.read_bytes()
+    assert torch.equal(logits(tmp_path / "model", inputs), nested)
+    check_locks(tmp_path, inputs)
 
 
 def logits(path: Path, inputs: Inputs) -> torch.Tensor:

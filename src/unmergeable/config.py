@@ -356,15 +356,18 @@ def _another(default: Any) -> Any:
 
 
 def _read(config_class: Any, arguments: Config) -> Config | None:
-    try:
-        return dict(config_class(**copy.deepcopy(arguments)).to_dict())
-    except Exception:  # a class may reject probes in any way: then nothing is known of it
-        return None
+    made = _made(config_class, arguments)
+    return None if made is None else dict(made.to_dict())
 
 
 def _rotary_of(config_class: Any, arguments: Config) -> Mapping[str, Any]:
-    try:
-        value = getattr(config_class(**arguments), _ROTARY, None)
-    except Exception:  # a class may reject the probe in any way: then it does not accept that spelling
-        return {}
+    value = getattr(_made(config_class, arguments), _ROTARY, None)
     return value if isinstance(value, Mapping) else {}
+
+
+def _made(config_class: Any, arguments: Config) -> Any:
+    """A configuration; None where the class rejects it, in any way it may: then it does not accept that spelling."""
+    try:
+        return config_class(**copy.deepcopy(arguments))
+    except Exception:
+        return None

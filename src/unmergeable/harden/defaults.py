@@ -30,8 +30,6 @@ ADAPTER_RATES = {"language-modelling": 1e-3}
 # Where it is not the trap alone: beside it, hidden states that are alike cost less for as much, and what a thief's akin
 # fine-tunes lend to whole blocks is taken away; of text the first gained nothing, the second was not measured.
 OBJECTIVE = {"image-classification": "trap+collapse+kindred"}
-# For models without hidden states.
-STATELESS = {"image-classification": "trap+kindred"}
 # Of the task, that simulated merges may keep on average; text models give away more at as much.
 MAY, MAY_TEXT = 0.1, 0.02
 

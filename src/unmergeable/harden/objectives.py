@@ -288,6 +288,11 @@ def needs_states(objective: Objective) -> bool:
     return bool(getattr(objective, "states", False))
 
 
+def stateless(name: str) -> Objective:
+    """What is left of it, of these names, for models without hidden states."""
+    return objective("+".join(one for one in name.split("+") if not needs_states(objective(one))))
+
+
 def needs_before(objective: Objective) -> bool:
     """Whether it asks for the task vector as it was before hardening."""
     return bool(getattr(objective, "before", False))

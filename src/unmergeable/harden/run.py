@@ -20,11 +20,11 @@ from ..merging.vectors import is_adapter
 from ..options import check_seed
 from ..stock import memory
 from . import HardenReport, Progress
-from .defaults import MAY, OBJECTIVE, STATELESS, kind_of_task, labels_of, made_of, may_of, settings_of
+from .defaults import MAY, OBJECTIVE, kind_of_task, labels_of, made_of, may_of, settings_of
 from .device import PRECISIONS, accelerating, checkpoint_activations
 from .journal import Trial
 from .measure import Measure
-from .objectives import Objective, needs_before, needs_states
+from .objectives import Objective, needs_before, needs_states, stateless
 from .objectives import objective as objective_of
 from .owner import Owner
 from .places import Places
@@ -130,7 +130,7 @@ def run_harden(
             if needs_states(chosen) and not _has_states(owner):
                 if named is not None:
                     raise _stateless(source, chosen)
-                chosen = objective_of(STATELESS.get(kind, "trap"))
+                chosen = stateless(chosen.name)
             measure = Measure(owner, settings.made)
             check_separation({owner.task.name: separation(measure.base_scores, measure.before_scores)})
             exposed = measure.exposure()
