@@ -91,6 +91,7 @@ def arguments() -> argparse.Namespace:
         "--adapter", nargs=3, type=float, metavar=("STEPS", "BATCH", "RATE"), help="how adapters are made"
     )
     parser.add_argument("--strength", type=float, help="fixed; else it follows what simulated merges keep")
+    parser.add_argument("--may", type=float, help="what they may keep; a recipe's, if not given")
     parser.add_argument(
         "--ways", nargs="+", choices=[one.name for one in BARS], help="of the bars; a family's, if not given"
     )
@@ -118,8 +119,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
     if args.adapter:
         made = {"steps": int(args.adapter[0]), "batch": int(args.adapter[1]), "rate": args.adapter[2]}
     given = {**reduced, "precision": args.precision, "strength": args.strength}
-    if args.rate:
-        given["rate"] = args.rate
+    given |= {name: getattr(args, name) for name in ("rate", "may") if getattr(args, name)}
     found: dict[str, tuple[float, Job]] = {}
 
     def plan(rank: float, job: Job) -> str:
