@@ -19,10 +19,12 @@ from unmergeable.fields import (
     INERT,
     INERT_ROTARY,
     LAYER_INDICES,
+    OVERRIDES,
     PER_LAYER,
     ROTARY_KINDS,
     SIZES,
     by_stage,
+    overrides,
     proportions,
 )
 
@@ -89,7 +91,8 @@ def class_defaults(config_class: Any) -> Config:
         fixed = bool(getattr(sub_class, "model_type", ""))
         if fixed and dataclasses.is_dataclass(sub_class):
             defaults[name] = class_defaults(sub_class)
-            defaults[name][CLASS]["absent"] = {k: v for k, v in spec.init_kwargs.items() if _is_json(v)}
+            given = {k: v for k, v in spec.init_kwargs.items() if _is_json(v)}
+            defaults[name][CLASS]["absent"] = None if getattr(spec, "optional", False) else given
     defaults[CLASS] = {"aliases": dict(getattr(config_class, "attribute_map", None) or {})}
     defaults[CLASS].update(_rotary_spellings(config_class))
     if flat := _flat_spellings(config_class, [name for name, part in defaults.items() if _is_part(part)]):
@@ -151,8 +154,8 @@ def structure(config: Mapping[str, Any]) -> Config:
     Neither sizes nor inert fields belong to it, nor empty mappings (such as `pruned_heads` of old files). Of
     a size only "none" or "zero" remains, of a width that may equal the residual width whether it does, of widths by
     stage how many there are, of heads by stage their proportions; other lists of both stay as they are. Lists with one
-    entry a layer become the sorted set of the combinations of kinds that occur, lists of layer numbers become whether
-    there are any.
+    entry a layer, and what is another in single layers, become the sorted set of the combinations of kinds that occur,
+    lists of layer numbers become whether there are any.
     """
     result: Config = {}
     kinds: dict[str, list[Any]] = {}
@@ -164,6 +167,7 @@ def structure(config: Mapping[str, Any]) -> Config:
     if (alike := coupled(config)) is not None:
         result[COUPLED] = alike
     staged = any(SIZES.get(n) == "heads" and by_stage(v) for n, v in config.items())
+    depth = next((v for n, v in config.items() if SIZES.get(n) == "layers" and isinstance(v, int)), 0)
     for name, value in config.items():
         if name == CLASS or name in INERT or value == {}:
             continue
@@ -178,6 +182,8 @@ def structure(config: Mapping[str, Any]) -> Config:
             result[name] = bool(value)
         elif name in PER_LAYER and isinstance(value, list):
             kinds[name] = value
+        elif name == OVERRIDES and (layers := overrides(config, depth)) is not None:
+            kinds[name] = [[sorted(layer), structure(layer)] for layer in layers]
         elif name == _ROTARY and isinstance(value, Mapping):
             result[name] = _rotary_structure(value)
         elif isinstance(value, Mapping):
@@ -186,7 +192,8 @@ def structure(config: Mapping[str, Any]) -> Config:
             result[name] = copy.deepcopy(value)
     for length in sorted({len(value) for value in kinds.values()}):
         names = sorted(name for name, value in kinds.items() if len(value) == length)
-        combinations = {json.dumps(entry) for entry in zip(*(kinds[name] for name in names), strict=True)}
+        entries = zip(*(kinds[name] for name in names), strict=True)
+        combinations = {json.dumps(entry, sort_keys=True) for entry in entries}
         result["+".join(names)] = sorted(combinations)
     return result
 

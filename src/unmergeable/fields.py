@@ -14,6 +14,8 @@ A field is in one of three classes, by its exact name:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def _names(*blocks: str) -> frozenset[str]:
@@ -43,6 +45,8 @@ _ROLES = {
     """,
     "kv_heads": "num_key_value_heads num_kv_heads n_head_kv n_kv_heads num_query_groups",
     "head_dim": "head_dim d_kv attention_head_dim kv_channels head_size d_head attention_head_size",
+    "other_kv_heads": "num_global_key_value_heads",
+    "other_head_dim": "global_head_dim",
     "head_scale": "query_pre_attn_scalar",
     "nope_dim": "qk_nope_head_dim",
     "rope_dim": "qk_rope_head_dim rotary_dim",
@@ -50,14 +54,15 @@ _ROLES = {
     "qk_dim": "qk_head_dim",
     "state_heads": "mamba_n_heads",
     "state_head_dim": "mamba_d_head",
-    "rank": "kv_lora_rank q_lora_rank",
+    "rank": "kv_lora_rank q_lora_rank hidden_size_per_layer_input",
     "layers": """
         num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
         num_encoder_layers depth encoder_num_hidden_layers decoder_num_hidden_layers
     """,
     "dense_layers": "first_k_dense_replace num_dense_layers",
+    "last_layers": "num_kv_shared_layers",
     "extra_layers": "num_nextn_predict_layers num_mtp_layers max_window_layers",
-    "vocabulary": "vocab_size",
+    "vocabulary": "vocab_size vocab_size_per_layer_input",
     "positions": """
         max_position_embeddings n_positions n_ctx max_target_positions max_length seq_length
         max_sequence_length context_length max_text_len
@@ -101,6 +106,9 @@ PER_LAYER = _names(
     attention_layers layer_types layers_block_type mlp_layer_types moe_layer_pattern no_rope_layers
     """
 )
+
+#: A mapping from layer numbers to the fields that are another there: what counts is as for lists by layer.
+OVERRIDES = "per_layer_config"
 
 #: Lists of layer numbers: what counts is whether there are any.
 LAYER_INDICES = _names("mlp_only_layers moe_layers dense_layers global_attn_layers attn_layer_indices")
@@ -183,6 +191,17 @@ INERT_ROTARY = _names(
 #: Kinds of rotary scaling that only choose frequencies and one positive factor of the scores. Every group that is
 #: proven commutes with rotations by any angle; another kind is structure.
 ROTARY_KINDS = frozenset(["default", "linear", "dynamic", "yarn", "longrope", "llama3"])
+
+
+def overrides(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]] | None:
+    """What `OVERRIDES` says of each layer; None where it is not there, or names no layers of so many."""
+    given = config.get(OVERRIDES)
+    if not isinstance(given, Mapping) or not all(str(key).isdecimal() for key in given):
+        return None
+    found = {int(key): value for key, value in given.items()}
+    if not all(layer < depth and isinstance(value, Mapping) for layer, value in found.items()):
+        return None
+    return [dict(found.get(layer, {})) for layer in range(depth)]
 
 
 def by_stage(value: object) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import Contradiction, InputError
 from .fields import SIZES
-from .spec import Site, Slot, Spec, evaluate_size, fill, name_regex
+from .spec import AS_FOUND, Site, Slot, Spec, evaluate_size, fill, name_regex
 from .whole import in_block, lacking, misshapen, spellings
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -27,7 +27,10 @@ class Part:
 
 @dataclass(frozen=True)
 class MatchedSite:
-    """A site with its sizes for this checkpoint and the instances that it has."""
+    """A site with its sizes for this checkpoint and the instances that it has.
+
+    Of a site whose layers differ in size there is one for every size.
+    """
 
     site: Site
     sizes: Mapping[str, int]
@@ -104,10 +107,13 @@ def match_spec(
     problems: list[str] = []
     unknown: list[str] = []
     parts: dict[str, list[Part]] = {}
-    sites = tuple(
-        _match_site(number, site, known, config, parts, wrong, problems)
-        for number, site in enumerate(spec.sites)
-    )
+    sites: list[MatchedSite] = []
+    for site in spec.sites:
+        for sizes, instances in _by_size(site, known):
+            texts = {**site.sizes, **{dim: str(size) for dim, size in sizes.items()}}
+            sites.append(
+                _match_site(len(sites), site, texts, instances, known, config, parts, wrong, problems)
+            )
     if whole:
         unknown = _leftovers(spec, known, parts)
         problems += _gaps(spec, known, config)
@@ -131,20 +137,42 @@ def match_spec(
             "check config.json, or prove a spec of your own with `unmergeable inspect`",
         )
     return Match(
-        spec, sites, {_exchange(name, prefix): tuple(found) for name, found in parts.items()}, prefix
+        spec, tuple(sites), {_exchange(name, prefix): tuple(found) for name, found in parts.items()}, prefix
     )
+
+
+def _by_size(site: Site, shapes: Shapes) -> list[tuple[dict[str, int], set[Instance] | None]]:
+    """Sizes that only tensors know, each with the instances that have them; None is for all instances."""
+    free = [dim for dim, text in site.sizes.items() if text == AS_FOUND]
+    if not free:
+        return [({}, None)]
+    found: dict[Instance, dict[str, int]] = {}
+    for dim in free:
+        slot, axis = site.alone(dim) or (site.slots[0], 0)
+        regex = name_regex(slot.tensor)
+        for name, shape in shapes.items():
+            if (bound := regex.fullmatch(name)) is not None and axis < len(shape):
+                instance = tuple(int(bound[name_dim]) for name_dim in site.name_dims)
+                found.setdefault(instance, {})[dim] = shape[axis]
+    groups: dict[tuple[int, ...], set[Instance]] = {}
+    for instance, sizes in found.items():
+        groups.setdefault(tuple(sizes.get(dim, 1) for dim in free), set()).add(instance)
+    none: list[tuple[dict[str, int], set[Instance] | None]] = [(dict.fromkeys(free, 1), None)]
+    return [(dict(zip(free, sizes, strict=True)), groups[sizes]) for sizes in sorted(groups)] or none
 
 
 def _match_site(
     number: int,
     site: Site,
+    texts: Mapping[str, str],
+    only: set[Instance] | None,
     shapes: Shapes,
     config: Mapping[str, Any],
     parts: dict[str, list[Part]],
     wrong: list[str],
     problems: list[str],
 ) -> MatchedSite:
-    sizes = {dim: evaluate_size(text, config, site.name) for dim, text in site.sizes.items()}
+    sizes = {dim: evaluate_size(text, config, site.name) for dim, text in texts.items()}
     found: dict[int, dict[Instance, set[tuple[int, ...]]]] = {}
     for k, slot in enumerate(site.slots):
         regex, others = name_regex(slot.tensor), sorted(slot.name_dims - set(site.name_dims))
@@ -154,6 +182,8 @@ def _match_site(
                 continue
             dims = {dim: int(value) for dim, value in bound.groupdict().items()}
             instance = tuple(dims[dim] for dim in site.name_dims)
+            if only is not None and instance not in only:
+                continue
             found.setdefault(k, {}).setdefault(instance, set()).add(tuple(dims[dim] for dim in others))
             parts.setdefault(name, []).append(Part(number, slot, dims))
             for axis, index in slot.axes.items():

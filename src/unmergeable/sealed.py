@@ -17,7 +17,7 @@ from typing import Any
 from .checkpoint import Shard, TensorInfo
 from .errors import InputError
 from .match import Match
-from .spec import Spec
+from .spec import AS_FOUND, Spec
 
 VERSION = 1
 _MAX_BYTES = 1 << 30
@@ -38,11 +38,14 @@ class Detail:
 
 
 def concrete_spec(match: Match) -> Spec:
-    """The spec of a match with every size as a number: it needs no config any more."""
+    """The spec of a match with every size as a number, but those that its tensors have: it needs no config any more."""
     data = match.spec.as_dict()
     data["evidence"] = {}
-    for site, matched in zip(data["sites"], match.sites, strict=True):
-        site["sizes"] = {dim: str(size) for dim, size in matched.sizes.items()}
+    for site, own in zip(data["sites"], match.spec.sites, strict=True):
+        matched = next(one for one in match.sites if one.site is own)
+        site["sizes"] = {
+            dim: AS_FOUND if own.sizes[dim] == AS_FOUND else str(size) for dim, size in matched.sizes.items()
+        }
         site["evidence"] = {}
     data["configs"], data["defaults"] = [], {}
     data["untouched"] = list(match.spec.untouched)  # what is known of the rest only checks a source

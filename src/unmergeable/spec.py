@@ -26,6 +26,9 @@ from .index import Index, parse_index
 FORMAT = 1
 KINDS = ("qk", "vo", "mlp", "heads", "experts")
 
+#: In place of a size's expression, where layers differ in it: what the tensors of each one have.
+AS_FOUND = "*"
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -102,6 +105,14 @@ class Site:
             unsized = {d for index in slot.axes.values() for d in index.all_dims} - set(self.sizes)
             if unsized:
                 raise InputError(f"no size for {', '.join(sorted(unsized))}", where=where)
+        for dim, text in self.sizes.items():
+            if text == AS_FOUND and self.alone(dim) is None:
+                raise InputError(f"no axis has the size of '{dim}' by itself", where=self.name)
+
+    def alone(self, dim: str) -> tuple[Slot, int] | None:
+        """The first slot with an axis that this dim has to itself, and the axis."""
+        every = ((slot, axis, index) for slot in self.slots for axis, index in slot.axes.items())
+        return next(((slot, axis) for slot, axis, index in every if index.text == dim), None)
 
 
 @dataclass(frozen=True)

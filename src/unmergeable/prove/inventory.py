@@ -6,7 +6,7 @@ Several shapes of one class tell sizes apart that coincide in one: an axis is de
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .stages import staged
@@ -88,6 +88,46 @@ def take_stock(miniatures: Sequence[Mapping[str, Shape]]) -> list[Pattern]:
         if len({len(shape) for shape in single}) == 1:
             patterns.append(Pattern(name, tuple(zip(*single, strict=True)), len(members)))
     return patterns
+
+
+def take_uneven(miniatures: Sequence[Mapping[str, Shape]]) -> list[Pattern]:
+    """The patterns of which layers of one stack differ in shape, that `take_stock` leaves out.
+
+    Their axes have a size for every kind of layer of every miniature: tensors that agree in it do so in every layer.
+    A pattern that some kind of layer lacks is left out here too.
+    """
+    folded = [fold(shapes, shapes) for shapes in miniatures]
+    stacks: dict[str, list[str]] = {}
+    for name in folded[0]:
+        uneven = any(
+            len({shapes[member] for member in found.get(name, ())}) > 1
+            for shapes, found in zip(miniatures, folded, strict=True)
+        )
+        if uneven and name.count("{") == 1 and "{l}" in name and all(name in found for found in folded):
+            stacks.setdefault(name.partition("{l}")[0], []).append(name)
+    patterns = []
+    for names in stacks.values():
+        columns: list[tuple[Shape | None, ...]] = []
+        for shapes in miniatures:
+            kinds: dict[tuple[Shape | None, ...], None] = {}
+            for layer in sorted({member for name in names for member in _layers(name, shapes)}):
+                kinds[tuple(shapes.get(name.replace("{l}", str(layer))) for name in names)] = None
+            columns += kinds
+        for name, single in zip(names, zip(*columns, strict=True), strict=True):
+            whole = [shape for shape in single if shape is not None]
+            if len(whole) == len(single) and len({len(shape) for shape in whole}) == 1:
+                count = sum(1 for _ in _layers(name, miniatures[0]))
+                patterns.append(Pattern(name, tuple(zip(*whole, strict=True)), count))
+    return patterns
+
+
+def _layers(name: str, shapes: Mapping[str, Shape]) -> Iterator[int]:
+    """The numbers that a pattern's `{l}` has."""
+    head, _, tail = name.partition("{l}")
+    for member in shapes:
+        number = member.removeprefix(head).removesuffix(tail)
+        if number.isdecimal() and member == f"{head}{number}{tail}":
+            yield int(number)
 
 
 def _numbers(name: str) -> list[int]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..spec import Site, Slot
+from ..spec import AS_FOUND, Site, Slot
 from .inventory import Pattern
 from .sizes import Sizes, Values
 
@@ -67,9 +67,12 @@ def _group(scope: str, inner: Values, inside: Sequence[Pattern]) -> Group | None
     return Group(scope, inner, tuple(members), experts)
 
 
-def permutations(group: Group, sizes: Sizes) -> Iterator[Site]:
-    """The group's tensors under one order of the inner dim, for both layouts of fused weights."""
-    inner = sizes.find(group.inner, group.scope, "inter|ffn|d_ff|inner|mlp")
+def permutations(group: Group, sizes: Sizes, *, uneven: bool = False) -> Iterator[Site]:
+    """The group's tensors under one order of the inner dim, for both layouts of fused weights.
+
+    uneven: of layers that differ in size, which no field gives: it is that of an axis that the dim has to itself.
+    """
+    inner = AS_FOUND if uneven else sizes.find(group.inner, group.scope, "inter|ffn|d_ff|inner|mlp")
     if inner is None:
         return
     dims = {"f": inner}

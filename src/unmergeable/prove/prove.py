@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import InputError, RunError
 from ..spec import Refusal, Site, Spec
 
-VERSION = 6  # of the prover: a cached spec of another version is proven again
+VERSION = 7  # of the prover: a cached spec of another version is proven again
 
 
 def prove_specs(
@@ -60,7 +60,7 @@ def _prove(config: dict[str, Any], architecture: str | None) -> list[dict[str, A
 
 
 def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str) -> Spec:
-    from .inventory import take_stock
+    from .inventory import take_stock, take_uneven
     from .needed import find_rest
     from .oracle import Oracle
     from .search import search
@@ -71,8 +71,8 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
     oracles = [Oracle(member, layout) for member in family]
     judge = Judge(oracles, [member.given for member in family])
     sizes = Sizes(judge.configs, [member.config for member in family])
-    stock = take_stock([{name: array.shape for name, array in oracle.tensors.items()} for oracle in oracles])
-    found = search(judge, stock, sizes)
+    shapes = [{name: array.shape for name, array in oracle.tensors.items()} for oracle in oracles]
+    found = search(judge, take_stock(shapes), sizes, take_uneven(shapes))
     reached, beside = drop_beside_unreached(oracles, found.sites)
     sites, refused = _named_apart(reached), (*found.refused, *beside)
     if not sites:

@@ -33,12 +33,23 @@ class Found:
         return (*self.inner, *self.outer)
 
 
-def search(judge: Judge, stock: Sequence[Pattern], sizes: Sizes) -> Found:
-    """Every site that holds on all miniatures, and a sentence for every place that was looked at in vain."""
+def search(judge: Judge, stock: Sequence[Pattern], sizes: Sizes, uneven: Sequence[Pattern] = ()) -> Found:
+    """Every site that holds on all miniatures, and a sentence for every place that was looked at in vain.
+
+    Args:
+        judge: of trials.
+        stock: the patterns of one shape in all layers.
+        sizes: the fields that sizes come from.
+        uneven: the patterns of several shapes, among which MLPs are looked for.
+    """
     found = Found()
     for module, roles in find_blocks(stock).items():
         _attention(judge, module, roles, stock, sizes, found)
     mlps = _mlps(judge, stock, sizes, found)
+    _mlps(judge, uneven, sizes, found, uneven=True)
+    left = [pattern for pattern in uneven if len(pattern.axes) > 1 and pattern.name not in found.used]
+    for scope in dict.fromkeys(pattern.module.rpartition(".")[0] for pattern in left):
+        found.refused.append(Refusal(scope, "its weights have other shapes in other layers"))
     for site in expert_sites(mlps, stock, sizes):
         _keep(judge, [site], found, found.outer, "the order of experts matters (they are routed in groups)")
     return found
@@ -113,14 +124,16 @@ def _with_companions(judge: Judge, block: Attention, sizes: Sizes) -> tuple[Site
     return None
 
 
-def _mlps(judge: Judge, stock: Sequence[Pattern], sizes: Sizes, found: Found) -> list[Site]:
+def _mlps(
+    judge: Judge, stock: Sequence[Pattern], sizes: Sizes, found: Found, *, uneven: bool = False
+) -> list[Site]:
     mlps: list[Site] = []
     vocabulary = sizes.find_field("vocab_size")
     open_stock = [pattern for pattern in stock if not set(pattern.axes) & vocabulary]
     for group in find_groups(open_stock, found.used):
         if any(pattern.name in found.used for pattern, _, _ in group.members):
             continue
-        for site in permutations(group, sizes):
+        for site in permutations(group, sizes, uneven=uneven):
             if not judge.passes([site]):
                 continue
             plain = replace(site, slots=tuple(replace(slot, power=1) for slot in site.slots))

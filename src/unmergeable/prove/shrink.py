@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unmergeable.fields import LAYER_INDICES, PER_LAYER, PERIODS, SIZES, STATE_EXPANSION, STATE_GROUPS
-from unmergeable.prove import rotary, stages, towers
+from unmergeable.fields import SIZES, STATE_EXPANSION, STATE_GROUPS
+from unmergeable.prove import layers, rotary, stages, towers
 
 Config = dict[str, Any]
 
@@ -24,7 +24,6 @@ FIRST_FREE_TOKEN = 16
 SPECIAL_TOKENS = 12
 LABELS = 2
 
-_MAX_LAYERS = 16
 # They choose among outputs by the names or numbers of layers, of which a miniature has fewer.
 _STAGES = ("out_features", "out_indices", "stage_names")
 # Fields that cut activations off at a number, and what they get.
@@ -108,7 +107,7 @@ def _node(node: Config, state: _State) -> Config:
     _experts(node, real, by_role, state)
     _states(node, by_role)
     if not stages.shrink(node, real, state.shape):
-        _layers(node, real, by_role, state)
+        layers.shrink(node, real, by_role, state.shape)
     _image(node, real, state)
     _boxes(node)
     _tokens(node, state)
@@ -172,6 +171,9 @@ def _attention(node: Config, real: Config, by_role: dict[str, list[str]], state:
         node[name] = head_dim
     for name in by_role.get("head_scale", []):
         node[name] = head_dim
+    for role, own in (("other_head_dim", "head_dim"), ("other_kv_heads", "num_key_value_heads")):
+        for name in by_role.get(role, []):
+            node[name] = layers.other(own, real[name], node, real)
     latent = by_role.get("nope_dim") and by_role.get("rope_dim")
     for name in by_role.get("rope_dim", []):
         node[name] = (8, 12)[shape] if latent else _even(min(head_dim, max(4, head_dim // 2)))
@@ -286,69 +288,6 @@ def _states(node: Config, by_role: dict[str, list[str]]) -> None:
     node[heads[0]] = count
     for name in sizes:
         node[name] = inner // count
-
-
-# ---- layers: at least one of each kind, at least two of all
-
-
-def _layers(node: Config, real: Config, by_role: dict[str, list[str]], state: _State) -> None:
-    names = by_role.get("layers", [])
-    if not names:
-        return
-    depth = real[names[0]]
-    lists = {
-        key: value
-        for key, value in real.items()
-        if isinstance(value, list) and len(value) == depth and (key in PER_LAYER or _repeats(value))
-    }
-    dense = [real[key] for key in by_role.get("dense_layers", [])]
-    chosen = {
-        key: value
-        for key, value in real.items()
-        if key in LAYER_INDICES and isinstance(value, list) and value
-    }
-    periods = [
-        value
-        for key, value in real.items()
-        if key in PERIODS and isinstance(value, int) and value > 1 and not ("sliding" in key and lists)
-    ]
-
-    def kind(layer: int) -> str:
-        return repr(
-            [value[layer] for value in lists.values()]
-            + [layer < first for first in dense]
-            + [layer in value for value in chosen.values()]
-            + [(layer + 1) % period == 0 for period in periods]
-        )
-
-    kinds: dict[str, list[int]] = {}
-    for layer in range(depth):
-        kinds.setdefault(kind(layer), []).append(layer)
-    if periods:
-        # the class computes the kind from the layer's number: keep a prefix
-        keep = list(range(min(depth, max(2, *(2 * p for p in periods)), _MAX_LAYERS)))
-    else:
-        each = 2 + state.shape if len(kinds) == 1 else 2
-        keep = sorted(layer for layers in kinds.values() for layer in layers[:each])
-        if len(kinds) > 4:
-            keep = sorted(layers[0] for layers in kinds.values())[:_MAX_LAYERS]
-    for key in lists:
-        node[key] = [real[key][layer] for layer in keep]
-    for key in chosen:
-        node[key] = [i for i, layer in enumerate(keep) if layer in real[key]]
-    for key in by_role.get("dense_layers", []):
-        node[key] = sum(layer < real[key] for layer in keep)
-    for name in names:
-        # a second stack of another depth gets the plain number
-        node[name] = len(keep) if real[name] == depth else 2 + state.shape
-    for name in by_role.get("extra_layers", []):
-        node[name] = min(real[name], len(keep))
-
-
-def _repeats(value: list[Any]) -> bool:
-    """Whether a list is to be read as one entry a layer: strings, flags, numbers or nothing, of few kinds."""
-    plain = all(entry is None or isinstance(entry, str | bool | int | float) for entry in value)
-    return len(value) > 2 and plain and len({repr(entry) for entry in value}) <= _MAX_LAYERS
 
 
 # ---- images and tokens

@@ -127,14 +127,14 @@ class Judge:
             if not worst <= TOLERANCE:
                 return Verdict(worst, 0.0, 0, f"the output moves by {worst:.1e}")
             elements = self.draw(match)
-            for matched in match.sites:
+            for number, matched in enumerate(match.sites):
                 if matched.trivial:
                     continue
                 for instance in matched.instances:
-                    whole = elements[0, instance]
+                    whole = elements[number, instance]
                     for position in range(prod(matched.batch)):
                         instances += 1
-                        single = {(0, instance): only(whole, position)}
+                        single = {(number, instance): only(whole, position)}
                         weakest = min(weakest, self._guard(match, single, on))
                         if not weakest >= GUARD:
                             where = matched.label(instance)

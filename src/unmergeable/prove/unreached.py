@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np
 
-from ..spec import Refusal, Site, evaluate_size, name_regex
+from ..spec import AS_FOUND, Refusal, Site, evaluate_size, name_regex
 from .inventory import fold
 from .oracle import Oracle
 from .trial import GUARD
@@ -126,6 +126,8 @@ def _widths(site: Site, axes: Axes, oracles: Sequence[Oracle]) -> set[Values]:
         axis = slot.axis_of(site.acts)
         if axis is not None and slot.tensor in axes:
             found.add(axes[slot.tensor][axis])
+    if AS_FOUND in site.sizes.values():
+        return found
     pairs = ["a"] if site.acts == "c" else []  # all pairs of a head beside the two of a pair
     return found | {_product(site, [site.acts, *pairs], oracles)}
 

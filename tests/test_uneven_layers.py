@@ -1,0 +1,246 @@
+"""Models whose layers differ in size, as Gemma 4's do: in the configuration, in the proof, in specs and in locks."""
+
+from __future__ import annotations
+
+import copy
+import filecmp
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import toy
+import unmergeable as um
+from unmergeable.config import canonical_config, class_defaults, structure
+from unmergeable.errors import Contradiction, InputError
+from unmergeable.match import match_spec
+from unmergeable.prove.inventory import take_stock, take_uneven
+from unmergeable.prove.shrink import shrink
+from unmergeable.sealed import concrete_spec
+from unmergeable.spec import Spec
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+# As Gemma 4 E2B: heads of two sizes, keys and values of the last layers from earlier ones, their MLPs twice as wide.
+E2B: dict[str, Any] = {
+    "vocab_size": 320,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size": 64,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "layer_types": [SLIDING, SLIDING, FULL] * 2,
+}
+# As 26B A4B: experts beside the MLP, keys that are values where attention is full, no inputs by layer.
+A4B = {
+    **{name: value for name, value in E2B.items() if name != "num_kv_shared_layers"},
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
+
+
+# --- configurations -----------------------------------------------------------------------------------------
+
+
+def test_what_is_another_in_single_layers_counts_by_the_kinds_that_occur() -> None:
+    def of(depth: int, period: int, **more: Any) -> dict[str, Any]:
+        kinds = [FULL if layer % period == period - 1 else SLIDING for layer in range(depth)]
+        others = {str(n).zfill(2): {"head_dim": 32, **more} for n in range(depth) if kinds[n] == FULL}
+        return {"num_hidden_layers": depth, "layer_types": kinds, "per_layer_config": others}
+
+    assert structure(of(6, 3)) == structure(of(30, 6)) == structure(of(6, 3, head_dim=512))
+    other = of(6, 3)
+    other["per_layer_config"]["00"] = {"head_dim": 32}
+    assert structure(other) != structure(of(6, 3))
+    assert structure(of(6, 3, hidden_act="relu")) != structure(of(6, 3))
+    # Of layers that are not there nothing can be said: then all of it counts as it stands.
+    other["per_layer_config"]["99"] = {"head_dim": 32}
+    assert structure(other)["per_layer_config"].keys() == {"00", "02", "05", "99"}
+
+
+def test_a_miniature_has_every_kind_of_layer_at_sizes_of_its_own() -> None:
+    written = transformers.Gemma4TextConfig(
+        **{**E2B, "num_hidden_layers": 12, "layer_types": E2B["layer_types"] * 2}
+    )
+    for given in (json.loads(written.to_json_string()), {**E2B, "num_hidden_layers": 6}):
+        small = shrink(canonical_config(given, class_defaults(transformers.Gemma4TextConfig)), 0)
+        kinds = small["layer_types"]
+        assert small["num_hidden_layers"] == len(kinds) <= 8
+        assert 0 < small["num_kv_shared_layers"] < len(kinds)
+        # Those whose keys are other layers' come last, and each kind of them has a layer to take keys from.
+        assert set(kinds[: -small["num_kv_shared_layers"]]) == set(kinds[-small["num_kv_shared_layers"] :])
+        if "per_layer_config" in small:
+            full = {str(layer) for layer, kind in enumerate(kinds) if kind == FULL}
+            assert small["per_layer_config"] == {layer: {"head_dim": 2 * small["head_dim"]} for layer in full}
+        else:
+            assert small["global_head_dim"] == 2 * small["head_dim"]
+        assert small["vocab_size_per_layer_input"] == small["vocab_size"] < 320
+
+
+def test_parts_that_may_be_missing_are_missing() -> None:
+    defaults = class_defaults(transformers.Gemma4Config)
+    for given in ({}, {"audio_config": None}):
+        found = canonical_config(given, defaults)
+        assert found["audio_config"] is None
+    assert canonical_config({"audio_config": {}}, defaults)["audio_config"]["conv_kernel_size"] == 5
+    # Others have what their class has by default.
+    whole = canonical_config({}, class_defaults(transformers.CLIPConfig))
+    assert whole["vision_config"]["patch_size"] == 32
+
+
+# --- specs --------------------------------------------------------------------------------------------------
+
+
+def uneven_toy() -> tuple[Spec, dict[str, tuple[int, ...]]]:
+    """The toy with one expert layer twice as wide, in tensors with the expert in their names."""
+    data = copy.deepcopy(toy.spec_dict())
+    named = next(site for site in data["sites"] if site["name"].endswith("named"))
+    named["sizes"] = {**named["sizes"], "f": "*"}
+    shapes = {name: array.shape for name, array in toy.tensors().items()}
+    for name, shape in shapes.items():
+        if name.startswith("l.1.x."):
+            shapes[name] = tuple(24 if n == 12 else n for n in shape)
+    return Spec.from_dict(data), shapes
+
+
+def test_a_site_is_matched_once_for_every_size() -> None:
+    spec, shapes = uneven_toy()
+    match = match_spec(spec, shapes, toy.CONFIG)
+    assert len(match.sites) == len(spec.sites) + 1
+    small, large = (one for one in match.sites if one.site.name.endswith("named"))
+    assert (small.acted, large.acted) == (12, 24)
+    assert small.instances == tuple((0, e) for e in range(4))
+    assert large.instances == tuple((1, e) for e in range(4))
+    for name, parts in match.parts.items():
+        for part in parts:
+            matched = match.sites[part.site]
+            assert tuple(part.dims[dim] for dim in matched.site.name_dims) in matched.instances, name
+    # In the manifest the size stays open, all others are numbers, and it matches without a config.
+    sealed = concrete_spec(match)
+    sizes = {site.name: site.sizes for site in sealed.sites}
+    assert sizes["l.{l}.x.{e}.named"] == {
+        **dict.fromkeys("grace", ""),
+        **sizes["l.{l}.x.{e}.named"],
+        "f": "*",
+    }
+    assert [one.sizes for one in match_spec(sealed, shapes, {}).sites] == [one.sizes for one in match.sites]
+
+
+def test_layers_may_differ_and_the_tensors_of_one_may_not() -> None:
+    spec, shapes = uneven_toy()
+    shapes["l.1.x.2.down"] = (24, 12)
+    with pytest.raises(Contradiction, match=r"l\.1\.x\.2\.down: axis 1 is 'f' = 24 by the config, got 12"):
+        match_spec(spec, shapes, toy.CONFIG)
+    _, shapes = uneven_toy()
+    for name in [name for name in shapes if name.startswith("l.1.x.2.gate")]:
+        del shapes[name]
+    with pytest.raises(InputError, match=r"l\.1\.x\.2\."):
+        match_spec(spec, shapes, toy.CONFIG)
+
+
+def test_a_size_that_no_axis_has_to_itself_cannot_be_found() -> None:
+    data = copy.deepcopy(toy.spec_dict())
+    data["sites"][0]["sizes"] = {**data["sites"][0]["sizes"], "c": "*"}
+    with pytest.raises(InputError, match="no axis has the size of 'c' by itself"):
+        Spec.from_dict(data)
+
+
+# --- proofs -------------------------------------------------------------------------------------------------
+
+
+def test_patterns_of_several_shapes_have_a_size_for_every_kind_of_layer() -> None:
+    def shapes(*widths: int) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for layer, width in enumerate(widths):
+            found |= {f"h.{layer}.up": (width, 7), f"h.{layer}.down": (7, width), f"h.{layer}.norm": (7,)}
+        return {**found, "h.0.first": (3, 3)}
+
+    every = [shapes(4, 4, 8), shapes(6, 10, 6)]
+    assert {pattern.name for pattern in take_stock(every)} == {"h.{l}.norm", "h.{l}.first"}
+    found = {pattern.name: pattern.axes for pattern in take_uneven(every)}
+    assert found == {"h.{l}.up": ((4, 8, 6, 10), (7,) * 4), "h.{l}.down": ((7,) * 4, (4, 8, 6, 10))}
+    # One that a layer lacks is not among them, and does not take the others with it.
+    del every[0]["h.2.up"]
+    assert {pattern.name for pattern in take_uneven(every)} == {"h.{l}.down"}
+
+
+# --- locks --------------------------------------------------------------------------------------------------
+
+
+def logits(folder: Path) -> torch.Tensor:
+    tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    options = {"dtype": torch.float64, "experts_implementation": "eager"}
+    module = transformers.Gemma4ForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        found: torch.Tensor = module(input_ids=tokens).logits
+    return found
+
+
+def as_published(folder: Path) -> None:
+    """The config in the spelling of published checkpoints, which say no layer's sizes by its number."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    overrides = config.pop("per_layer_config").values()
+    config["global_head_dim"] = {one["head_dim"] for one in overrides}.pop()
+    config["num_global_key_value_heads"] = {one.get("num_key_value_heads") for one in overrides}.pop()
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "published", "sites"),
+    [
+        pytest.param(E2B, False, {(3, "mlp"): 2}, id="e2b"),
+        pytest.param(E2B, True, {(3, "mlp"): 2}, id="e2b-published"),
+        pytest.param(A4B, True, {(6, "mlp"): 2, (6, "experts"): 1}, id="a4b-published"),
+    ],
+)
+def test_gemma4_is_locked_where_its_layers_are_alike(
+    fields: dict[str, Any], published: bool, sites: dict[tuple[int, str], int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    source = tmp_path / "model"
+    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields))
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_((0.3 if one.ndim < 2 else 0.15) * torch.randn(one.shape))
+    model.save_pretrained(source)
+    if published:
+        as_published(source)
+    before = logits(source)
+    key = um.Key(bytes(range(32)))
+    # The router of experts computes in float32, whatever the weights are.
+    for method, bound in (("exact", 2e-5 if "num_experts" in fields else 1e-9), ("gauge", 2e-5)):
+        target = tmp_path / method
+        report = um.lock(source, target, key=key, method=method)
+        found: dict[tuple[int, str], int] = {}
+        for site in report.sites:
+            assert site.acted == site.instances
+            assert site.moved is not None
+            assert site.moved > 0.5
+            place = site.instances, site.kind
+            found[place] = found.get(place, 0) + 1
+        assert found == sites
+        assert any("self_attn" in where for _, where, _ in report.refused)
+        assert float((logits(target) - before).abs().max() / before.std()) < bound
+        assert um.verify(source, target, key=key).holds
+    um.unlock(tmp_path / "exact", tmp_path / "again", key=key)
+    names = [path.name for path in source.iterdir()]
+    assert filecmp.cmpfiles(source, tmp_path / "again", names, shallow=False)[0] == names
