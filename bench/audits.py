@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 import harden_tables
 import unmergeable as um
 import zoo_tables
 from audits_tables import document, readme
 from unmergeable import zoo
+from unmergeable.spec import Spec
+from unmergeable.specs import find_spec
 
 # How the protected model is made from its fine-tune: options of `lock`; None leaves it as it is.
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -41,6 +44,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "params symmetric": {"method": "params", "options": {"form": "symmetric"}},
     "params nonsymmetric": {"method": "params", "options": {"form": "nonsymmetric"}},
     "params --prune-rate 0.2": {"method": "params", "prune_rate": 0.2},
+    # As models are locked of which no more is proven, such as Gemma 4.
+    "exact of MLPs alone": {"method": "exact", "kinds": ("mlp",)},
 }
 # What audits found, packed.
 KEPT = Path(__file__).parent / "audits"
@@ -193,9 +198,22 @@ def locked(source: Path, folder: Path, name: str, seed: int, options: Mapping[st
     target = folder / f"{source.name}-{name.replace(' ', '-')}"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        more = {} if "domain" in options else {"salt": salt(seed, f"{source.name} {name}")}
-        um.lock(source, target, key=owner(seed), **more, **options)
+        more: dict[str, Any] = {} if "domain" in options else {"salt": salt(seed, f"{source.name} {name}")}
+        if "kinds" in options:
+            more["spec"] = part_of(source, options["kinds"])
+        um.lock(source, target, key=owner(seed), **more, **{k: v for k, v in options.items() if k != "kinds"})
     return target
+
+
+def part_of(source: Path, kinds: Sequence[str]) -> Spec:
+    """The spec of a model as if no other kinds of sites had been proven."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    found = load_file(source / "model.safetensors")
+    spec, _ = find_spec(config, {name: tensor.shape for name, tensor in found.items()})
+    sites = tuple(site for site in spec.sites if site.kind in kinds)
+    left = {slot.tensor for site in spec.sites for slot in site.slots}
+    left -= {slot.tensor for site in sites for slot in site.slots}
+    return replace(spec, sites=sites, untouched=(*spec.untouched, *sorted(left)))
 
 
 def configuration(case: Case, setting: Setting, folder: Path, seed: int) -> dict[str, Any]:
