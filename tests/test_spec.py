@@ -57,7 +57,7 @@ def with_(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (without(["format"]), "not a spec"),
-        (with_(["format"], 2), "newer format"),
+        (with_(["format"], 3), "newer format"),
         (without(["sites"]), "missing or malformed"),
         (without(["sites", 0, "slots", 0, "tensor"]), "missing or malformed"),
         (with_(["sites", 0, "group"], "spin"), "no such group"),

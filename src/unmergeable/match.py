@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import Contradiction, InputError
 from .fields import SIZES
-from .spec import AS_FOUND, Site, Slot, Spec, evaluate_size, fill, name_regex
+from .spec import AS_FOUND, Site, Slot, Spec, evaluate_size, fill, lookup, name_regex
 from .whole import in_block, lacking, misshapen, spellings
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -109,10 +109,11 @@ def match_spec(
     parts: dict[str, list[Part]] = {}
     sites: list[MatchedSite] = []
     for site in spec.sites:
+        chosen = _chosen(site, config)
         for sizes, instances in _by_size(site, known):
             texts = {**site.sizes, **{dim: str(size) for dim, size in sizes.items()}}
             sites.append(
-                _match_site(len(sites), site, texts, instances, known, config, parts, wrong, problems)
+                _match_site(len(sites), site, texts, chosen, instances, known, config, parts, wrong, problems)
             )
     if whole:
         unknown = _leftovers(spec, known, parts)
@@ -141,6 +142,23 @@ def match_spec(
     )
 
 
+def _chosen(site: Site, config: Mapping[str, Any]) -> dict[str, set[int]]:
+    """The numbers that dims in names have where not all are meant."""
+    found = {}
+    for dim, text in site.only.items():
+        path, _, entry = text.partition("=")
+        entries = lookup(config, path) if entry else None
+        if entry and not isinstance(entries, list):
+            what = "the config does not say which layers are of one kind"
+            raise InputError(what, where=site.name, expected=f"a list {path}", got=entries)
+        found[dim] = (
+            {number for number, one in enumerate(entries) if str(one) == entry}
+            if entries is not None
+            else {int(number) for number in text.split()}
+        )
+    return found
+
+
 def _by_size(site: Site, shapes: Shapes) -> list[tuple[dict[str, int], set[Instance] | None]]:
     """Sizes that only tensors know, each with the instances that have them; None is for all instances."""
     free = [dim for dim, text in site.sizes.items() if text == AS_FOUND]
@@ -165,6 +183,7 @@ def _match_site(
     number: int,
     site: Site,
     texts: Mapping[str, str],
+    chosen: Mapping[str, set[int]],
     only: set[Instance] | None,
     shapes: Shapes,
     config: Mapping[str, Any],
@@ -183,6 +202,8 @@ def _match_site(
             dims = {dim: int(value) for dim, value in bound.groupdict().items()}
             instance = tuple(dims[dim] for dim in site.name_dims)
             if only is not None and instance not in only:
+                continue
+            if any(dims[dim] not in numbers for dim, numbers in chosen.items()):
                 continue
             found.setdefault(k, {}).setdefault(instance, set()).add(tuple(dims[dim] for dim in others))
             parts.setdefault(name, []).append(Part(number, slot, dims))

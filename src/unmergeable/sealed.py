@@ -46,6 +46,12 @@ def concrete_spec(match: Match) -> Spec:
         site["sizes"] = {
             dim: AS_FOUND if own.sizes[dim] == AS_FOUND else str(size) for dim, size in matched.sizes.items()
         }
+        if own.only:
+            every = [one for each in match.sites if each.site is own for one in each.instances]
+            site["only"] = {
+                dim: " ".join(map(str, sorted({one[own.name_dims.index(dim)] for one in every})))
+                for dim in own.only
+            }
         site["evidence"] = {}
     data["configs"], data["defaults"] = [], {}
     data["untouched"] = list(match.spec.untouched)  # what is known of the rest only checks a source

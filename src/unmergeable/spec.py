@@ -23,11 +23,13 @@ from .errors import InputError
 from .groups import group
 from .index import Index, parse_index
 
-FORMAT = 1
+FORMAT = 2  # of specs with sites of some layers alone; others are of the first
 KINDS = ("qk", "vo", "mlp", "heads", "experts")
 
 #: In place of a size's expression, where layers differ in it: what the tensors of each one have.
 AS_FOUND = "*"
+
+_ONLY = re.compile(r"[A-Za-z_][\w.]*=[\w-]+|\d+( \d+)*")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a group acts, for all layers at once."""
+    """One place where a group acts, for all layers at once, or for those of one kind.
+
+    only: of a dim in names the numbers that are meant, `layer_types=sliding_attention` by an entry of a list in the
+    config, or `0 1 3` themselves.
+    """
 
     name: str
     kind: str
@@ -63,6 +69,7 @@ class Site:
     sizes: Mapping[str, str]
     slots: tuple[Slot, ...]
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    only: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def name_dims(self) -> tuple[str, ...]:
@@ -87,6 +94,10 @@ class Site:
         for dim in self.name_dims:
             if f"{{{dim}}}" not in self.name:  # two instances of one name would share their secret
                 raise InputError(f"the dim '{dim}' of the site is not in its name", where=self.name)
+        for dim, text in self.only.items():
+            if dim not in self.name_dims or not _ONLY.fullmatch(text):
+                got = f"{dim}: {text}"
+                raise InputError("not a choice of layers", where=self.name, expected="l: list=entry", got=got)
         for slot in self.slots:
             where = f"{self.name}: {slot.tensor}"
             on_axes = [dim for index in slot.axes.values() for dim in index.dims]
@@ -192,7 +203,7 @@ class Spec:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": FORMAT if any(site.only for site in self.sites) else 1,
             "architecture": self.architecture,
             "model_type": self.model_type,
             "layout": self.layout,
@@ -216,6 +227,7 @@ class Spec:
                         for slot in site.slots
                     ],
                     "evidence": dict(site.evidence),
+                    **({"only": dict(site.only)} if site.only else {}),
                 }
                 for site in self.sites
             ],
@@ -263,6 +275,7 @@ class Spec:
                         for slot in site["slots"]
                     ),
                     evidence=site.get("evidence", {}),
+                    only=dict(site.get("only", {})),
                 )
                 for site in data["sites"]
             )

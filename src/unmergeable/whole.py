@@ -51,7 +51,8 @@ def lacking(
     problems = []
     for pattern, one in spec.rest.items():
         regex = name_regex(pattern)
-        mine = [bound for bound in map(regex.fullmatch, rest) if bound]
+        # Of a pattern of which a site acts on some layers alone, those of all layers.
+        mine = [bound for bound in map(regex.fullmatch, every) if bound]
         if one.beside is None or (headless and not pattern.startswith(spec.prefix)):
             continue
         if one.beside not in known:

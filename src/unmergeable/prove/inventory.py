@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ..fields import PER_LAYER
+from ..spec import lookup
 from .stages import staged
 
 Shape = tuple[int, ...]
@@ -119,6 +122,46 @@ def take_uneven(miniatures: Sequence[Mapping[str, Shape]]) -> list[Pattern]:
                 count = sum(1 for _ in _layers(name, miniatures[0]))
                 patterns.append(Pattern(name, tuple(zip(*whole, strict=True)), count))
     return patterns
+
+
+def take_kinds(
+    miniatures: Sequence[Mapping[str, Shape]], configs: Sequence[Mapping[str, Any]], uneven: Sequence[Pattern]
+) -> dict[str, list[Pattern]]:
+    """Of stacks with layers of several shapes the patterns of every kind of layer, as `Site.only` names the kind.
+
+    A kind is an entry of a list with one a layer.
+
+    Args:
+        miniatures: shapes by name. configs: theirs. uneven: of `take_uneven`.
+    """
+    found: dict[str, list[Pattern]] = {}
+    for stack in dict.fromkeys(pattern.name.partition("{l}")[0] for pattern in uneven):
+        depths = [
+            1 + max(_numbers(name)[0] for name in each if name.startswith(stack)) for each in miniatures
+        ]
+        for path in _lists(configs[0]):
+            lists = [lookup(config, path) for config in configs]
+            whole = all(isinstance(one, list) and len(one) == n for one, n in zip(lists, depths, strict=True))
+            for entry in sorted(set.intersection(*(set(map(str, one)) for one in lists))) if whole else ():
+                shapes = [
+                    {
+                        name: shape
+                        for name, shape in each.items()
+                        if name.startswith(stack) and str(kinds[_numbers(name)[0]]) == entry
+                    }
+                    for each, kinds in zip(miniatures, lists, strict=True)
+                ]
+                found.setdefault(f"{path}={entry}", []).extend(take_stock(shapes))
+    return found
+
+
+def _lists(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Where a config has lists with one entry a layer."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _lists(value, f"{path}{name}.")
+        elif name in PER_LAYER and isinstance(value, list):
+            yield path + name
 
 
 def _layers(name: str, shapes: Mapping[str, Shape]) -> Iterator[int]:

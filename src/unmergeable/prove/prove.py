@@ -60,7 +60,7 @@ def _prove(config: dict[str, Any], architecture: str | None) -> list[dict[str, A
 
 
 def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str) -> Spec:
-    from .inventory import take_stock, take_uneven
+    from .inventory import take_kinds, take_stock, take_uneven
     from .needed import find_rest
     from .oracle import Oracle
     from .search import search
@@ -72,7 +72,9 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
     judge = Judge(oracles, [member.given for member in family])
     sizes = Sizes(judge.configs, [member.config for member in family])
     shapes = [{name: array.shape for name, array in oracle.tensors.items()} for oracle in oracles]
-    found = search(judge, take_stock(shapes), sizes, take_uneven(shapes))
+    uneven = take_uneven(shapes)
+    kinds = take_kinds(shapes, judge.configs, uneven)
+    found = search(judge, take_stock(shapes), sizes, uneven, kinds)
     reached, beside = drop_beside_unreached(oracles, found.sites)
     sites, refused = _named_apart(reached), (*found.refused, *beside)
     if not sites:
@@ -86,7 +88,7 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
         raise RunError("sites that hold one by one do not hold together", got=f"{worst:.1e}")
     model = family[0].model
     folded = _patterns(family[0], oracles[0])
-    in_sites = {slot.tensor for site in sites for slot in site.slots}
+    in_sites = {slot.tensor for site in sites for slot in site.slots if not site.only}
     untouched = tuple(name for name in folded if name not in in_sites)
     ignored = tuple(_ignored(model))
     prefix = _bare_prefix(family, oracles, layout)

@@ -6,7 +6,7 @@ groups, experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import InputError
@@ -33,7 +33,13 @@ class Found:
         return (*self.inner, *self.outer)
 
 
-def search(judge: Judge, stock: Sequence[Pattern], sizes: Sizes, uneven: Sequence[Pattern] = ()) -> Found:
+def search(
+    judge: Judge,
+    stock: Sequence[Pattern],
+    sizes: Sizes,
+    uneven: Sequence[Pattern] = (),
+    kinds: Mapping[str, Sequence[Pattern]] | None = None,
+) -> Found:
     """Every site that holds on all miniatures, and a sentence for every place that was looked at in vain.
 
     Args:
@@ -41,10 +47,12 @@ def search(judge: Judge, stock: Sequence[Pattern], sizes: Sizes, uneven: Sequenc
         stock: the patterns of one shape in all layers.
         sizes: the fields that sizes come from.
         uneven: the patterns of several shapes, among which MLPs are looked for.
+        kinds: the patterns of one shape in the layers of a kind, in which attention of several shapes is looked for.
     """
     found = Found()
     for module, roles in find_blocks(stock).items():
         _attention(judge, module, roles, stock, sizes, found)
+    _uneven_attention(judge, stock, kinds or {}, sizes, found)
     mlps = _mlps(judge, stock, sizes, found)
     _mlps(judge, uneven, sizes, found, uneven=True)
     left = [pattern for pattern in uneven if len(pattern.axes) > 1 and pattern.name not in found.used]
@@ -105,6 +113,26 @@ def _attention(
             found.refused.append(Refusal(candidates[0].name, reason))
 
 
+def _uneven_attention(
+    judge: Judge, stock: Sequence[Pattern], kinds: Mapping[str, Sequence[Pattern]], sizes: Sizes, found: Found
+) -> None:
+    """Attention of which only layers of one kind are alike, kind by kind."""
+    known = find_blocks(stock)
+    blocks = {kind: find_blocks(patterns) for kind, patterns in kinds.items()}
+    for module in dict.fromkeys(one for each in blocks.values() for one in each if one not in known):
+        for kind, patterns in kinds.items():
+            first = len(found.refused)
+            if module in blocks[kind]:
+                _attention(judge.of({"l": kind}), module, blocks[kind][module], patterns, sizes, found)
+            else:
+                found.refused.append(
+                    Refusal(module, "it has no queries, keys and values that are all its own")
+                )
+            found.refused[first:] = [
+                replace(one, site=f"{one.site} ({kind})") for one in found.refused[first:]
+            ]
+
+
 def _single(judge: Judge, site: Site) -> bool:
     """Whether there is but one head to permute."""
     return all(judge.match([site], on).sites[0].acted == 1 for on in range(len(judge.oracles)))
@@ -157,7 +185,7 @@ def _keep(judge: Judge, sites: Sequence[Site], found: Found, into: list[Site], r
             continue
         if verdict.holds:
             evidence = {"error": verdict.error, "guard": verdict.guard, "instances": verdict.instances}
-            into.append(replace(site, evidence=evidence))
+            into.append(replace(judge.placed(site), evidence=evidence))
         else:
             found.refused.append(Refusal(site.name, f"{reason}: {verdict.reason}"))
             kept = False

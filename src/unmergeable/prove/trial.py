@@ -6,7 +6,7 @@ that a checkpoint would store; so what is proven is what will be run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -72,12 +72,30 @@ class Verdict:
 
 
 class Judge:
-    """Trials of sites on several miniatures of one class."""
+    """Trials of sites on several miniatures of one class.
 
-    def __init__(self, oracles: Sequence[Oracle], configs: Sequence[dict[str, Any]]) -> None:
+    Args:
+        only: of what sites in the search are, where that is not all layers: see `Site`.
+    """
+
+    def __init__(
+        self,
+        oracles: Sequence[Oracle],
+        configs: Sequence[dict[str, Any]],
+        only: Mapping[str, str] | None = None,
+    ) -> None:
         self.oracles = oracles
         self.configs = configs
+        self._only = dict(only or {})
         self._seed = 0
+
+    def of(self, only: Mapping[str, str]) -> Judge:
+        """The same for sites of some layers."""
+        return Judge(self.oracles, self.configs, only)
+
+    def placed(self, site: Site) -> Site:
+        """A site with the layers that it is of."""
+        return replace(site, only={**site.only, **self._only})
 
     def passes(self, sites: Sequence[Site]) -> bool:
         """Whether a random draw leaves the function of every miniature alone, and half of it does not.
@@ -164,8 +182,8 @@ class Judge:
     def match(self, sites: Sequence[Site], on: int) -> Match:
         """Lay sites over one miniature's stored tensors."""
         shapes = {name: tensor.shape for name, tensor in self.oracles[on].tensors.items()}
-        spec = Spec("", "", "", (), {}, tuple(sites))
-        for site in sites:
+        spec = Spec("", "", "", (), {}, tuple(map(self.placed, sites)))
+        for site in spec.sites:
             site.check()
         return match_spec(spec, shapes, self.configs[on], whole=False)
 
