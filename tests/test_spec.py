@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import toy
 from unmergeable.errors import InputError
 from unmergeable.match import match_spec
 from unmergeable.spec import Spec, evaluate_size, fill, name_regex
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -23,6 +27,19 @@ def test_json_there_and_back() -> None:
     again = Spec.from_dict(spec.as_dict())
     assert again.as_dict() == spec.as_dict()
     assert again.digest == spec.digest
+
+
+@pytest.mark.parametrize(
+    ("number", "digest"),
+    [
+        (1, "766924c7d8896a85d8a63bfdfda7122b4d48da25d612a2f95db7e89ddec7a647"),
+        (2, "129f8cb480f0ee5b0d16024e12c30fa343981a7b3856a4fb1be49b76f0349339"),
+    ],
+)
+def test_every_format_is_read_for_ever(number: int, digest: str) -> None:
+    spec = Spec.from_dict(json.loads((FIXTURES / f"spec-{number}.json").read_text()))
+    assert spec.digest == digest
+    assert spec.as_dict()["format"] == number
 
 
 def test_the_digest_ignores_evidence_alone() -> None:
