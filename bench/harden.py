@@ -299,7 +299,8 @@ def by_peft(case: Case, variant: Variant, seed: int, zoo: Path, work: Path, devi
     base, models, setting = paths(case, zoo, work)
     began = time.monotonic()
     folders = {
-        side: work / f"{case.name}-{seed}-{one.name}" for side, one in (("control", CONTROL), ("hardened", variant))
+        side: work / f"{case.name}-{seed}-{one.name}"
+        for side, one in (("control", CONTROL), ("hardened", variant))
     }
     own, plain = models[case.own[0]], folders["control"]
     tasks = {name: setting.tasks[name] for name in (case.protected, case.own[0])}

@@ -8,7 +8,7 @@ from typing import Any
 
 from audits_text import flowing, number, page, table
 from harden_records import audits_to, model_key, recipe_of, recipe_text, trainings_of
-from harden_words import ALONE, EFFECTS, PRICES
+from harden_words import ALONE, EFFECTS, PRICES, STEPS
 
 
 def prices(records: list[Any]) -> str:
@@ -50,6 +50,29 @@ def prices(records: list[Any]) -> str:
         "ratio",
     )
     return page("### What it costs", PRICES, table(header, lines)) if lines else ""
+
+
+def steps(found: Mapping[str, Any]) -> str:
+    """CPU seconds of a step, plain and hardened, in both precisions."""
+    lines = []
+    for row in found["rows"]:
+        full, half = (
+            [row["seconds"][f"{way}, {precision}"] for way in ("plain", "hardened")]
+            for precision in ("fp32", "bf16")
+        )
+        lines.append(
+            (
+                row["case"], f"`{row['objective']}`", row["batch"],
+                *(f"{seconds:.2f} s" for seconds in (*full, *half)), number(full[1] / full[0], 1),
+                number(half[1] / full[1]),
+            )
+        )  # fmt: skip
+    header = (
+        "model", "objective", "batch", "plain, fp32", "hardened, fp32", "plain, bf16", "hardened, bf16",
+        "hardened / plain", "bf16 / fp32",
+    )  # fmt: skip
+    about = flowing(STEPS.format(machine=found["machine"], rounds=found["rounds"]))
+    return page("### A step on a CPU", about, table(header, lines))
 
 
 def alone(sources: Mapping[str, Any]) -> str:

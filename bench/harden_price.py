@@ -76,7 +76,9 @@ def priced(work: Path, zoo: Path, data: Path) -> list[dict[str, Any]]:
 @cache
 def right(model: Path, data: Path) -> Any:
     """Whether it names each image as it is labelled, (n,) of 0 and 1."""
-    task = tensors("fashion", {"kind": "image-classification", "data": str(data), "mean": 0.5, "std": 0.5}, model)
+    task = tensors(
+        "fashion", {"kind": "image-classification", "data": str(data), "mean": 0.5, "std": 0.5}, model
+    )
     return task.score(load_module(model).eval(), range(len(task)))
 
 

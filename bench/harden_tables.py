@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from audits_text import flowing, level_of, number, page, share, table
-from harden_costs import alone, effect, prices
+from harden_costs import alone, effect, prices, steps
 from harden_records import (
     Record,
     audits_to,
@@ -73,6 +73,7 @@ def section(kept: Path) -> str:
         owners(records),
         adapters(records),
         prices(records),
+        steps(json.loads((kept / "precision.json").read_text(encoding="utf-8"))),
         alone(priced),
         *(effect(one, records) for one in effects),
         page("### What others publish", table(("work", "models", "published, not measured here"), PUBLISHED)),

@@ -83,6 +83,11 @@ nor `collapse`, a merge more. `mined+collapse` has both, and half of a batch for
 are no looks at held-out examples; where it follows, they are in the time, and so is the plain training that comes
 first. Peak memory as torch counts it; time with other processes on the GPU, as many as the runs say.
 """
+STEPS = """
+Passes forward and backward of a step with the objective that `harden` has by itself, beside plain training's
+(`bench/harden_precision.py`; {machine}; CPU seconds of one thread, medians of {rounds} rounds in turn). Looks at
+held-out examples, and the plain training that comes first, are not in it.
+"""
 ALONE = """
 Of models of clothes, on all 10,000 test images of Fashion-MNIST (`bench/harden_price.py`), where audits score 500 or
 1,000 of them: these are the figures to go by. ±: the standard error of the difference, over images. The models of

@@ -1,0 +1,89 @@
+"""What a step of hardening takes beside one of plain training, in float32 and in bfloat16, on one core of this machine.
+
+    python bench/harden_precision.py --zoo PATH --keep
+
+Passes forward and backward alone, in CPU seconds of one thread: the median of rounds in which all four are taken in
+turn. A CPU without bfloat16 arithmetic is slower with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from harden_cases import cases, opened, paths
+from unmergeable.harden.defaults import OBJECTIVE
+from unmergeable.harden.wrapper import Hardening
+from unmergeable.stock import load_module
+
+CASES = {"embedded-fashion": 64, "images-cyr": 64, "text-c": 16}  # and the examples in a batch, as by default
+ROUNDS = 9
+KEPT = Path(__file__).parent / "harden" / "precision.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--zoo", type=Path, required=True, help="the measuring zoo")
+    parser.add_argument("--keep", action="store_true", help="keep what was found in bench/harden")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    known = {one.name: one for one in cases()}
+    rows = []
+    for name, size in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(timed(known[name], size, args.zoo, Path(folder)))
+        print(json.dumps(rows[-1]), flush=True)
+    if args.keep:
+        found = {"machine": machine(), "rounds": ROUNDS, "rows": rows}
+        KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def timed(case: Any, size: int, zoo: Path, work: Path) -> dict[str, Any]:
+    """Median CPU seconds of a step, by way and precision."""
+    base, models, _ = paths(case, zoo, work)
+    module: Any = load_module(models[case.protected]).train()
+    text = case.family == "text"
+    objective = OBJECTIVE.get("language-modelling" if text else "image-classification", "trap")
+    hardening = Hardening(module, base, objective, proxies=[models[case.proxy]])
+    batch = opened(case, zoo, models[case.protected]).evaluation[torch.arange(size)]
+    inputs = {**batch.inputs, "labels": batch.inputs["input_ids"] if text else batch.labels}
+    spent: dict[str, list[float]] = {}
+    for number in range(ROUNDS + 1):
+        for way in ("plain", "hardened"):
+            for half in (False, True):
+                began = time.process_time()
+                hardening.begin(number)  # the same merges in both precisions
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    loss = module(**inputs).loss
+                loss.backward()
+                if way == "hardened":
+                    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                        hardening.backward(inputs)
+                module.zero_grad()
+                if number:  # the first round warms up
+                    spent.setdefault(f"{way}, {'bf16' if half else 'fp32'}", []).append(
+                        time.process_time() - began
+                    )
+    seconds = {name: median(found) for name, found in spent.items()}
+    return {"case": case.name, "objective": objective, "batch": size, "seconds": seconds}
+
+
+def machine() -> str:
+    """The processor and what of bfloat16 it has, in words."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    has = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]
+    return f"one core, {platform.machine()}, {', '.join(has) or 'no bfloat16 arithmetic'}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
