@@ -341,7 +341,7 @@ def _open(records: list[Any]) -> str:
 
 def _defaults(records: list[Any]) -> str:
     """What `harden` does unless it is asked for something else, and which audits are of that."""
-    from unmergeable.harden.defaults import settings_of
+    from unmergeable.harden.defaults import MAY, MAY_TEXT, settings_of
 
     kinds = {"mined+collapse+kindred": "image-classification", "mined": "language-modelling"}
 
@@ -349,12 +349,19 @@ def _defaults(records: list[Any]) -> str:
         own = settings_of(kind, adapter, None, None, None, None, 0)
         return recipe_text(own.steps, own.batch, own.rate)
 
+    def alike(record: Any, trained: Any) -> bool:
+        kind = kinds.get(record["variant"])
+        if kind is None or trained is None:
+            return False
+        may = MAY if kind == "image-classification" else MAY_TEXT
+        own = recipe(kind, record["case"].startswith("lora-"))
+        return trained["report"].get("may") == may and recipe_of(trained) == own
+
     trainings = trainings_of(records)
     found = dict.fromkeys(
         f"{record['case']} ({record['source']})"
         for record in audits_to(records, 1, 2, 3)
-        if (kind := kinds.get(record["variant"])) is not None
-        and recipe_of(trainings.get(model_key(record))) == recipe(kind, record["case"].startswith("lora-"))
+        if alike(record, trainings.get(model_key(record)))
     )
     other = "" if any(name.startswith("images-") for name in found) else OTHER_RECIPE
     images, texts = (recipe(kind, adapter=False) for kind in kinds.values())
