@@ -149,6 +149,19 @@ def test_a_site_is_matched_once_for_every_size() -> None:
     assert [one.sizes for one in match_spec(sealed, shapes, {}).sites] == [one.sizes for one in match.sites]
 
 
+def test_a_site_of_some_layers_has_the_sizes_of_those() -> None:
+    spec, shapes = uneven_toy()
+    data = spec.as_dict()
+    next(site for site in data["sites"] if site["name"].endswith("named"))["only"] = {"l": "1"}
+    for expert in range(4):  # which another site acts on, as on all experts
+        data["untouched"] += (
+            [f"l.{{l}}.x.{{e}}.{name}" for name in ("gate", "up", "down")] if not expert else []
+        )
+    match = match_spec(Spec.from_dict(data), shapes, toy.CONFIG)
+    (found,) = (one for one in match.sites if one.site.name.endswith("named"))
+    assert (found.acted, found.instances) == (24, tuple((1, e) for e in range(4)))
+
+
 def test_layers_may_differ_and_the_tensors_of_one_may_not() -> None:
     spec, shapes = uneven_toy()
     shapes["l.1.x.2.down"] = (24, 12)

@@ -109,12 +109,8 @@ def match_spec(
     parts: dict[str, list[Part]] = {}
     sites: list[MatchedSite] = []
     for site in spec.sites:
-        chosen = _chosen(site, config)
-        for sizes, instances in _by_size(site, known):
-            texts = {**site.sizes, **{dim: str(size) for dim, size in sizes.items()}}
-            sites.append(
-                _match_site(len(sites), site, texts, chosen, instances, known, config, parts, wrong, problems)
-            )
+        for some in _by_size(site, known, _chosen(site, config)):
+            sites.append(_match_site(len(sites), site, some, known, config, parts, wrong, problems))
     if whole:
         unknown = _leftovers(spec, known, parts)
         problems += _gaps(spec, known, config)
@@ -159,39 +155,60 @@ def _chosen(site: Site, config: Mapping[str, Any]) -> dict[str, set[int]]:
     return found
 
 
-def _by_size(site: Site, shapes: Shapes) -> list[tuple[dict[str, int], set[Instance] | None]]:
-    """Sizes that only tensors know, each with the instances that have them; None is for all instances."""
+@dataclass(frozen=True)
+class _Some:
+    """The instances of a site that have one size, where only tensors know it.
+
+    sizes: by dim. chosen: the numbers that dims in names may have. instances: which they are; None for all of these.
+    """
+
+    sizes: Mapping[str, int]
+    chosen: Mapping[str, set[int]]
+    instances: set[Instance] | None = None
+
+    def has(self, instance: Instance, dims: Mapping[str, int]) -> bool:
+        """Whether a tensor with these numbers in its name is of them."""
+        meant = all(dims[dim] in numbers for dim, numbers in self.chosen.items())
+        return meant and (self.instances is None or instance in self.instances)
+
+
+def _by_size(site: Site, shapes: Shapes, chosen: Mapping[str, set[int]]) -> list[_Some]:
     free = [dim for dim, text in site.sizes.items() if text == AS_FOUND]
     if not free:
-        return [({}, None)]
+        return [_Some({}, chosen)]
     found: dict[Instance, dict[str, int]] = {}
     for dim in free:
         slot, axis = site.alone(dim) or (site.slots[0], 0)
         regex = name_regex(slot.tensor)
         for name, shape in shapes.items():
             if (bound := regex.fullmatch(name)) is not None and axis < len(shape):
-                instance = tuple(int(bound[name_dim]) for name_dim in site.name_dims)
-                found.setdefault(instance, {})[dim] = shape[axis]
+                dims = {one: int(number) for one, number in bound.groupdict().items()}
+                instance = tuple(dims[one] for one in site.name_dims)
+                if _Some({}, chosen).has(instance, dims):
+                    found.setdefault(instance, {})[dim] = shape[axis]
     groups: dict[tuple[int, ...], set[Instance]] = {}
     for instance, sizes in found.items():
         groups.setdefault(tuple(sizes.get(dim, 1) for dim in free), set()).add(instance)
-    none: list[tuple[dict[str, int], set[Instance] | None]] = [(dict.fromkeys(free, 1), None)]
-    return [(dict(zip(free, sizes, strict=True)), groups[sizes]) for sizes in sorted(groups)] or none
+    none = [_Some(dict.fromkeys(free, 1), chosen)]
+    return [
+        _Some(dict(zip(free, sizes, strict=True)), chosen, groups[sizes]) for sizes in sorted(groups)
+    ] or none
 
 
 def _match_site(
     number: int,
     site: Site,
-    texts: Mapping[str, str],
-    chosen: Mapping[str, set[int]],
-    only: set[Instance] | None,
+    some: _Some,
     shapes: Shapes,
     config: Mapping[str, Any],
     parts: dict[str, list[Part]],
     wrong: list[str],
     problems: list[str],
 ) -> MatchedSite:
-    sizes = {dim: evaluate_size(text, config, site.name) for dim, text in texts.items()}
+    sizes = {
+        dim: evaluate_size(str(some.sizes.get(dim, text)), config, site.name)
+        for dim, text in site.sizes.items()
+    }
     found: dict[int, dict[Instance, set[tuple[int, ...]]]] = {}
     for k, slot in enumerate(site.slots):
         regex, others = name_regex(slot.tensor), sorted(slot.name_dims - set(site.name_dims))
@@ -201,9 +218,7 @@ def _match_site(
                 continue
             dims = {dim: int(value) for dim, value in bound.groupdict().items()}
             instance = tuple(dims[dim] for dim in site.name_dims)
-            if only is not None and instance not in only:
-                continue
-            if any(dims[dim] not in numbers for dim, numbers in chosen.items()):
+            if not some.has(instance, dims):
                 continue
             found.setdefault(k, {}).setdefault(instance, set()).add(tuple(dims[dim] for dim in others))
             parts.setdefault(name, []).append(Part(number, slot, dims))
