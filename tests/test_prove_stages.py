@@ -13,13 +13,13 @@ import transformers
 
 import toy
 import unmergeable as um
+from unmergeable.arithmetic import evaluate_size
 from unmergeable.config import structure
 from unmergeable.errors import InputError
 from unmergeable.prove import stages
 from unmergeable.prove.inventory import fold, take_stock
 from unmergeable.prove.shrink import STYLES, Style, shrink
 from unmergeable.prove.sizes import Sizes
-from unmergeable.spec import evaluate_size
 from unmergeable.stock import load_module
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("own_cache")]

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import toy
+from unmergeable.arithmetic import evaluate_size
 from unmergeable.errors import InputError
 from unmergeable.match import match_spec
-from unmergeable.spec import Spec, evaluate_size, fill, name_regex
+from unmergeable.spec import Spec, fill, name_regex
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from unmergeable import specs
+from unmergeable.arithmetic import evaluate_size
 from unmergeable.config import canonical_config, structure
 from unmergeable.errors import InputError
 from unmergeable.index import parse_index
 from unmergeable.match import match_spec
-from unmergeable.spec import Spec, evaluate_size
+from unmergeable.spec import Spec
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .arithmetic import evaluate_size, lookup
 from .errors import Contradiction, InputError
 from .fields import SIZES
-from .spec import AS_FOUND, Site, Slot, Spec, evaluate_size, fill, lookup, name_regex
+from .spec import AS_FOUND, Site, Slot, Spec, fill, name_regex
 from .whole import in_block, lacking, misshapen, spellings
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -10,9 +10,10 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from .arithmetic import evaluate_size
 from .errors import InputError
 from .fields import SIZES
-from .spec import Rest, Spec, evaluate_size, name_regex
+from .spec import Rest, Spec, name_regex
 
 Shapes = Mapping[str, tuple[int, ...]]
 Places = set[tuple[tuple[str, int], ...]]

@@ -17,11 +17,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ..arithmetic import lookup
 from ..config import CLASS, for_class
 from ..errors import InputError
 from ..fields import SIZES
 from ..match import Match
-from ..spec import lookup
 from ..stock import module_state, quiet
 from .wide_tensors import HINT, Wider
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..arithmetic import lookup
 from ..fields import PER_LAYER
-from ..spec import lookup
 from .stages import staged
 
 Shape = tuple[int, ...]

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..arithmetic import evaluate_size
 from ..errors import InputError
 from ..fields import SIZES
-from ..spec import evaluate_size
 
 Values = tuple[int, ...]
 

@@ -14,7 +14,8 @@ from math import prod
 
 import numpy as np
 
-from ..spec import AS_FOUND, Refusal, Site, evaluate_size, name_regex
+from ..arithmetic import evaluate_size
+from ..spec import AS_FOUND, Refusal, Site, name_regex
 from .inventory import fold
 from .oracle import Oracle
 from .trial import GUARD

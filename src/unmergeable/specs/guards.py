@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..arithmetic import evaluate_size, lookup
 from ..errors import Contradiction, InputError
-from ..spec import Refusal, Spec, evaluate_size, lookup, name_regex
+from ..spec import Refusal, Spec, name_regex
 from ..whole import in_block, spellings
 
 # Two towers' numbers of heads in one configuration: miniatures have both equal where they are equal, so that a proof
