@@ -249,6 +249,10 @@ def test_kinds_of_layers_are_entries_of_lists_with_one_a_layer() -> None:
         "part.layer_types=a": {"h.{l}.up": ((4, 6), (7, 7)), "h.{l}.norm": ((7, 7),)},
         "part.layer_types=b": {"h.{l}.up": ((8, 10), (7, 7)), "h.{l}.norm": ((7, 7),)},
     }
+    # Of names that begin with a number, those that do not are of no layer.
+    bare = [{name.removeprefix("h."): shape for name, shape in each.items()} for each in every]
+    found = take_kinds(bare, configs, take_uneven(bare))
+    assert {pattern.name for pattern in found["part.layer_types=a"]} == {"{l}.up", "{l}.norm"}
     # A list with more or fewer entries is of other layers.
     configs[0]["part"]["layer_types"].append("a")
     assert take_kinds(every, configs, take_uneven(every)) == {}

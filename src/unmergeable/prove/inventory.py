@@ -136,20 +136,19 @@ def take_kinds(
     """
     found: dict[str, list[Pattern]] = {}
     for stack in dict.fromkeys(pattern.name.partition("{l}")[0] for pattern in uneven):
-        depths = [
-            1 + max(_numbers(name)[0] for name in each if name.startswith(stack)) for each in miniatures
-        ]
+        layers = [{name: _layer(stack, name) for name in each} for each in miniatures]
+        depths = [1 + max(number for number in each.values() if number is not None) for each in layers]
         for path in _lists(configs[0]):
             lists = [lookup(config, path) for config in configs]
             whole = all(isinstance(one, list) and len(one) == n for one, n in zip(lists, depths, strict=True))
             for entry in sorted(set.intersection(*(set(map(str, one)) for one in lists))) if whole else ():
                 shapes = [
                     {
-                        name: shape
-                        for name, shape in each.items()
-                        if name.startswith(stack) and str(kinds[_numbers(name)[0]]) == entry
+                        name: each[name]
+                        for name, n in numbers.items()
+                        if n is not None and str(kinds[n]) == entry
                     }
-                    for each, kinds in zip(miniatures, lists, strict=True)
+                    for each, numbers, kinds in zip(miniatures, layers, lists, strict=True)
                 ]
                 found.setdefault(f"{path}={entry}", []).extend(take_stock(shapes))
     return found
@@ -162,6 +161,12 @@ def _lists(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield from _lists(value, f"{path}{name}.")
         elif name in PER_LAYER and isinstance(value, list):
             yield path + name
+
+
+def _layer(stack: str, name: str) -> int | None:
+    """The number behind the beginning of a name; None for names that do not begin so."""
+    number = name.removeprefix(stack).partition(".")[0]
+    return int(number) if name.startswith(stack) and number.isdecimal() else None
 
 
 def _layers(name: str, shapes: Mapping[str, Shape]) -> Iterator[int]:
