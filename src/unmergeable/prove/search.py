@@ -55,7 +55,7 @@ def search(
     _uneven_attention(judge, stock, kinds or {}, sizes, found)
     mlps = _mlps(judge, stock, sizes, found)
     _mlps(judge, uneven, sizes, found, uneven=True)
-    left = [pattern for pattern in uneven if len(pattern.axes) > 1 and pattern.name not in found.used]
+    left = [pattern for pattern in uneven if len(pattern.axes) == 2 and pattern.name not in found.used]
     for scope in dict.fromkeys(pattern.module.rpartition(".")[0] for pattern in left):
         found.refused.append(Refusal(scope, "its weights have other shapes in other layers"))
     for site in expert_sites(mlps, stock, sizes):
