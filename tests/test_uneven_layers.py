@@ -140,12 +140,10 @@ def test_a_site_is_matched_once_for_every_size() -> None:
             assert tuple(part.dims[dim] for dim in matched.site.name_dims) in matched.instances, name
     # In the manifest the size stays open, all others are numbers, and it matches without a config.
     sealed = concrete_spec(match)
-    sizes = {site.name: site.sizes for site in sealed.sites}
-    assert sizes["l.{l}.x.{e}.named"] == {
-        **dict.fromkeys("grace", ""),
-        **sizes["l.{l}.x.{e}.named"],
-        "f": "*",
-    }
+    sizes = next(dict(site.sizes) for site in sealed.sites if site.name.endswith("named"))
+    assert sizes.keys() >= set("grace")
+    assert sizes.pop("f") == "*"
+    assert all(map(str.isdecimal, sizes.values()))
     assert [one.sizes for one in match_spec(sealed, shapes, {}).sites] == [one.sizes for one in match.sites]
 
 
@@ -153,10 +151,7 @@ def test_a_site_of_some_layers_has_the_sizes_of_those() -> None:
     spec, shapes = uneven_toy()
     data = spec.as_dict()
     next(site for site in data["sites"] if site["name"].endswith("named"))["only"] = {"l": "1"}
-    for expert in range(4):  # which another site acts on, as on all experts
-        data["untouched"] += (
-            [f"l.{{l}}.x.{{e}}.{name}" for name in ("gate", "up", "down")] if not expert else []
-        )
+    data["untouched"] += [f"l.{{l}}.x.{{e}}.{name}" for name in ("gate", "up", "down")]
     match = match_spec(Spec.from_dict(data), shapes, toy.CONFIG)
     (found,) = (one for one in match.sites if one.site.name.endswith("named"))
     assert (found.acted, found.instances) == (24, tuple((1, e) for e in range(4)))

@@ -376,5 +376,5 @@ def _made(config_class: Any, arguments: Config) -> Any:
     """A configuration; None where the class rejects it, in any way it may: then it does not accept that spelling."""
     try:
         return config_class(**copy.deepcopy(arguments))
-    except Exception:
+    except Exception:  # any class may refuse any argument in any way
         return None

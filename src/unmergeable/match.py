@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,20 +173,26 @@ class _Some:
         return meant and (self.instances is None or instance in self.instances)
 
 
+def _bound(site: Site, slot: Slot, shapes: Shapes) -> Iterator[tuple[str, dict[str, int], Instance]]:
+    """The tensors that a slot's pattern names: name, the numbers in it, and the instance of the site."""
+    regex = name_regex(slot.tensor)
+    for name in shapes:
+        if (bound := regex.fullmatch(name)) is not None:
+            dims = {dim: int(number) for dim, number in bound.groupdict().items()}
+            yield name, dims, tuple(dims[dim] for dim in site.name_dims)
+
+
 def _by_size(site: Site, shapes: Shapes, chosen: Mapping[str, set[int]]) -> list[_Some]:
+    """The instances of a site by the sizes that only tensors know; all of them at once where there is none."""
     free = [dim for dim, text in site.sizes.items() if text == AS_FOUND]
     if not free:
         return [_Some({}, chosen)]
     found: dict[Instance, dict[str, int]] = {}
     for dim in free:
         slot, axis = site.alone(dim) or (site.slots[0], 0)
-        regex = name_regex(slot.tensor)
-        for name, shape in shapes.items():
-            if (bound := regex.fullmatch(name)) is not None and axis < len(shape):
-                dims = {one: int(number) for one, number in bound.groupdict().items()}
-                instance = tuple(dims[one] for one in site.name_dims)
-                if _Some({}, chosen).has(instance, dims):
-                    found.setdefault(instance, {})[dim] = shape[axis]
+        for name, dims, instance in _bound(site, slot, shapes):
+            if axis < len(shapes[name]) and _Some({}, chosen).has(instance, dims):
+                found.setdefault(instance, {})[dim] = shapes[name][axis]
     groups: dict[tuple[int, ...], set[Instance]] = {}
     for instance, sizes in found.items():
         groups.setdefault(tuple(sizes.get(dim, 1) for dim in free), set()).add(instance)
@@ -212,15 +218,11 @@ def _match_site(
     }
     found: dict[int, dict[Instance, set[tuple[int, ...]]]] = {}
     for k, slot in enumerate(site.slots):
-        regex, others = name_regex(slot.tensor), sorted(slot.name_dims - set(site.name_dims))
-        for name, shape in shapes.items():
-            bound = regex.fullmatch(name)
-            if bound is None:
-                continue
-            dims = {dim: int(value) for dim, value in bound.groupdict().items()}
-            instance = tuple(dims[dim] for dim in site.name_dims)
+        others = sorted(slot.name_dims - set(site.name_dims))
+        for name, dims, instance in _bound(site, slot, shapes):
             if not some.has(instance, dims):
                 continue
+            shape = shapes[name]
             found.setdefault(k, {}).setdefault(instance, set()).add(tuple(dims[dim] for dim in others))
             parts.setdefault(name, []).append(Part(number, slot, dims))
             for axis, index in slot.axes.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..arithmetic import lookup
 from ..fields import PER_LAYER
+from ..spec import fill, name_regex
 from .stages import staged
 
 Shape = tuple[int, ...]
@@ -114,7 +115,7 @@ def take_uneven(miniatures: Sequence[Mapping[str, Shape]]) -> list[Pattern]:
         for shapes in miniatures:
             kinds: dict[tuple[Shape | None, ...], None] = {}
             for layer in sorted({member for name in names for member in _layers(name, shapes)}):
-                kinds[tuple(shapes.get(name.replace("{l}", str(layer))) for name in names)] = None
+                kinds[tuple(shapes.get(fill(name, {"l": layer})) for name in names)] = None
             columns += kinds
         for name, single in zip(names, zip(*columns, strict=True), strict=True):
             whole = [shape for shape in single if shape is not None]
@@ -171,11 +172,7 @@ def _layer(stack: str, name: str) -> int | None:
 
 def _layers(name: str, shapes: Mapping[str, Shape]) -> Iterator[int]:
     """The numbers that a pattern's `{l}` has."""
-    head, _, tail = name.partition("{l}")
-    for member in shapes:
-        number = member.removeprefix(head).removesuffix(tail)
-        if number.isdecimal() and member == f"{head}{number}{tail}":
-            yield int(number)
+    return (int(bound["l"]) for bound in map(name_regex(name).fullmatch, shapes) if bound)
 
 
 def _numbers(name: str) -> list[int]:

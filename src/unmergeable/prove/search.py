@@ -6,7 +6,7 @@ groups, experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import InputError
@@ -50,9 +50,10 @@ def search(
         kinds: the patterns of one shape in the layers of a kind, in which attention of several shapes is looked for.
     """
     found = Found()
-    for module, roles in find_blocks(stock).items():
+    blocks = find_blocks(stock)
+    for module, roles in blocks.items():
         _attention(judge, module, roles, stock, sizes, found)
-    _uneven_attention(judge, stock, kinds or {}, sizes, found)
+    _uneven_attention(judge, blocks, kinds or {}, sizes, found)
     mlps = _mlps(judge, stock, sizes, found)
     _mlps(judge, uneven, sizes, found, uneven=True)
     left = [pattern for pattern in uneven if len(pattern.axes) == 2 and pattern.name not in found.used]
@@ -114,10 +115,9 @@ def _attention(
 
 
 def _uneven_attention(
-    judge: Judge, stock: Sequence[Pattern], kinds: Mapping[str, Sequence[Pattern]], sizes: Sizes, found: Found
+    judge: Judge, known: Container[str], kinds: Mapping[str, Sequence[Pattern]], sizes: Sizes, found: Found
 ) -> None:
-    """Attention of which only layers of one kind are alike, kind by kind."""
-    known = find_blocks(stock)
+    """Attention of which only layers of one kind are alike, kind by kind; not of the modules that are known."""
     blocks = {kind: find_blocks(patterns) for kind, patterns in kinds.items()}
     for module in dict.fromkeys(one for each in blocks.values() for one in each if one not in known):
         for kind, patterns in kinds.items():
