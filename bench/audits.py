@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 import harden_tables
 import unmergeable as um
 import zoo_tables
 from audits_tables import document, readme
 from unmergeable import zoo
+from unmergeable.checkpoint import open_checkpoint
+from unmergeable.plan import find_match
 from unmergeable.spec import Spec
-from unmergeable.specs import find_spec
 
 # How the protected model is made from its fine-tune: options of `lock`; None leaves it as it is.
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -207,10 +207,8 @@ def locked(source: Path, folder: Path, name: str, seed: int, options: Mapping[st
 
 def part_of(source: Path, kinds: Sequence[str]) -> Spec:
     """The spec of a model as if no other kinds of sites had been proven."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    with safe_open(source / "model.safetensors", "np") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    spec, _ = find_spec(config, shapes)
+    with open_checkpoint(source) as found:
+        spec = find_match(found, None).spec
     sites = tuple(site for site in spec.sites if site.kind in kinds)
     left = {slot.tensor for site in spec.sites for slot in site.slots}
     left -= {slot.tensor for site in sites for slot in site.slots}
