@@ -14,10 +14,7 @@ from score_cases import ALONE, POINTS, ROWS, few, look, validation
 from unmergeable.audit import resampling
 from unmergeable.audit.resampling import resample
 from unmergeable.audit.rows import SIDES, Point, Row, Side
-from unmergeable.audit.scores import (
-    Reference,
-    judge,
-)
+from unmergeable.audit.scores import ROUNDING, Reference, judge
 
 
 @given(rows=ROWS, seed=st.integers(0, 3))
@@ -39,7 +36,8 @@ def test_the_order_of_rows_changes_nothing(rows: list[Row], order: object) -> No
     one, two = look(rows, known), look(other, known)
     assert one.gains == two.gains
     assert one.reason == two.reason
-    assert one.interval == two.interval or one.reason is not None
+    # Sums are taken in the order of the rows: they differ by rounding.
+    assert one.interval == pytest.approx(two.interval, abs=ROUNDING, nan_ok=True)
     for a, b in zip(one.floors, two.floors, strict=True):
         assert all(a.chosen[side].point is b.chosen[side].point for side in SIDES)
 

@@ -17,10 +17,10 @@ import toy
 from toy import locked, nothing_at
 from unmergeable.authorised import merge
 from unmergeable.checkpoint import build_shard, staging, to_bits
+from unmergeable.depth import gaps
 from unmergeable.errors import InputError, RunError, UsageError
 from unmergeable.keys import generate_key
 from unmergeable.lock import lock
-from unmergeable.match import _gaps
 from unmergeable.module import lock_module
 from unmergeable.spec import Spec
 from unmergeable.specs import find_spec
@@ -190,11 +190,11 @@ def test_a_layer_whose_number_another_model_of_the_class_does_not_read() -> None
         spec = Spec.from_dict({**toy.spec_dict(), "ignored": ["steps", r"l\.1\..*", r"l\.3\..*"]})
         shapes = {name: value.shape for name, value in toy.tensors(layers=3).items()}
         more = {name.replace("l.2.", "l.3."): shape for name, shape in shapes.items() if "l.2." in name}
-        assert _gaps(spec, shapes, {"num_hidden_layers": 3}) == [], ignored
-        assert _gaps(spec, shapes | more, {"num_hidden_layers": 3}) == []
-        assert _gaps(spec, shapes, {"num_hidden_layers": 4}) != []
+        assert gaps(spec, shapes, {"num_hidden_layers": 3}) == [], ignored
+        assert gaps(spec, shapes | more, {"num_hidden_layers": 3}) == []
+        assert gaps(spec, shapes, {"num_hidden_layers": 4}) != []
         gone = {name: shape for name, shape in shapes.items() if "l.1." not in name}
-        assert _gaps(spec, gone, {"num_hidden_layers": 3}) == ["no tensor of l.1"]
+        assert gaps(spec, gone, {"num_hidden_layers": 3}) == ["no tensor of l.1"]
 
 
 @pytest.mark.parametrize("name", ["../evil/X", "", "a/b", "X*"])

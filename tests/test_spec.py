@@ -35,6 +35,7 @@ def test_json_there_and_back() -> None:
     [
         (1, "766924c7d8896a85d8a63bfdfda7122b4d48da25d612a2f95db7e89ddec7a647"),
         (2, "129f8cb480f0ee5b0d16024e12c30fa343981a7b3856a4fb1be49b76f0349339"),
+        (3, "9c2097026ab313cc0ed966d25495eed3d4a5a2fca41cb41ec1e28d9c7acea914"),
     ],
 )
 def test_every_format_is_read_for_ever(number: int, digest: str) -> None:
@@ -75,7 +76,7 @@ def with_(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (without(["format"]), "not a spec"),
-        (with_(["format"], 3), "newer format"),
+        (with_(["format"], 4), "newer format"),
         (without(["sites"]), "missing or malformed"),
         (without(["sites", 0, "slots", 0, "tensor"]), "missing or malformed"),
         (with_(["sites", 0, "group"], "spin"), "no such group"),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import filecmp
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 import toy
-import unmergeable as um
+from uneven_models import E2B, FULL, SLIDING
 from unmergeable.config import canonical_config, class_defaults, structure
 from unmergeable.errors import Contradiction, InputError
 from unmergeable.match import match_spec
@@ -23,44 +20,6 @@ from unmergeable.sealed import concrete_spec
 from unmergeable.spec import Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-# As Gemma 4 E2B: heads of two sizes, keys and values of the last layers from earlier ones, their MLPs twice as wide.
-E2B: dict[str, Any] = {
-    "vocab_size": 320,
-    "vocab_size_per_layer_input": 320,
-    "hidden_size": 64,
-    "hidden_size_per_layer_input": 8,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "global_head_dim": 32,
-    "sliding_window": 8,
-    "num_kv_shared_layers": 3,
-    "use_double_wide_mlp": True,
-    "layer_types": [SLIDING, SLIDING, FULL] * 2,
-}
-# As 26B A4B: experts beside the MLP, keys that are values where attention is full, no inputs by layer.
-A4B = {
-    **{name: value for name, value in E2B.items() if name != "num_kv_shared_layers"},
-    "num_key_value_heads": 2,
-    "num_global_key_value_heads": 1,
-    "attention_k_eq_v": True,
-    "use_double_wide_mlp": False,
-    "hidden_size_per_layer_input": 0,
-    "enable_moe_block": True,
-    "num_experts": 4,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 24,
-}
-
-# By the number of layers: attention is locked where it slides, where it is full keys are values as well.
-A4B_SITES = {(4, "qk"): 1, (4, "vo"): 1, (4, "heads"): 2, (6, "mlp"): 2, (6, "experts"): 1}
-# 31B has no experts.
-B31_SITES = {(4, "qk"): 1, (4, "vo"): 1, (4, "heads"): 2, (6, "mlp"): 1}
-
 
 # --- configurations -----------------------------------------------------------------------------------------
 
@@ -199,6 +158,52 @@ def test_a_site_of_some_layers_is_matched_there_alone() -> None:
         match_spec(spec, gone, {**toy.CONFIG, "part": {"kinds": ["a", "b"]}})
 
 
+def shared_values(**more: Any) -> Spec:
+    """Layers of which some take the values of others: one site of all of them."""
+    data = copy.deepcopy(toy.spec_dict())
+    slots = [
+        {"tensor": "l.{l}.v", "index": {"0": "j"}, "power": 1},
+        {"tensor": "l.{l}.o", "index": {"1": "j"}, "power": -1},
+    ]
+    data["sites"] = [{**data["sites"][1], "per": [], "sizes": {"j": "head_dim"}, "slots": slots, **more}]
+    data["untouched"] = ["l.{l}.v", "l.{l}.o"]
+    return Spec.from_dict({**data, "format": 3})
+
+
+SHARED = {"num_hidden_layers": 5, "num_kv_shared_layers": 3, "head_dim": 8, "kinds": list("abaab")}
+
+
+def test_layers_that_take_values_of_others_have_one_element() -> None:
+    shapes = {**{f"l.{n}.o": (6, 8) for n in range(5)}, **{f"l.{n}.v": (8, 6) for n in range(2)}}
+    for only, numbers in (({}, {}), ({"l": "kinds=a"}, {"l": "0 2 3"})):
+        spec = shared_values(only=only)
+        assert spec.as_dict()["format"] == (3 if only else 1)
+        match = match_spec(spec, shapes, SHARED)
+        assert [one.instances for one in match.sites] == [((),)]
+        assert len(match.parts) == (4 if only else 7)
+        sealed = concrete_spec(match)
+        assert sealed.sites[0].only == numbers
+        assert match_spec(sealed, shapes, {}).parts.keys() == match.parts.keys()
+    # As many layers are without values of their own as the config says somewhere.
+    shapes["l.2.v"] = (8, 6)
+    with pytest.raises(
+        Contradiction, match=r"2 layers without l\.\{l\}\.v, a number of layers that the config"
+    ):
+        match_spec(spec, shapes, SHARED)
+    match_spec(spec, shapes, {**SHARED, "num_kv_shared_layers": 2})
+
+
+def test_a_size_of_a_kind_of_layers_is_what_the_config_says_of_these() -> None:
+    spec = shared_values(only={"l": "text.kinds=b"}, sizes={"j": "text.head_dim"})
+    shapes = {f"l.{n}.{name}": (4, 4) for n in (1, 4) for name in "vo"}
+    text = {**SHARED, "per_layer_config": {"01": {"head_dim": 4}, "4": {"head_dim": 4}}}
+    assert match_spec(spec, shapes, {"text": text}, whole=False).sites[0].acted == 4
+    # Layers of one kind that differ all the same have no size.
+    text["per_layer_config"] = {"01": {"head_dim": 4}}
+    with pytest.raises(Contradiction, match="axis 0 is 'j' = 8 by the config, got 4"):
+        match_spec(spec, shapes, {"text": text}, whole=False)
+
+
 @pytest.mark.parametrize(
     "only", [{"l": "kinds"}, {"l": ""}, {"l": "kinds=a b"}, {"g": "kinds=a"}, {"l": "1,2"}]
 )
@@ -251,69 +256,3 @@ def test_kinds_of_layers_are_entries_of_lists_with_one_a_layer() -> None:
     # A list with more or fewer entries is of other layers.
     configs[0]["part"]["layer_types"].append("a")
     assert take_kinds(every, configs, take_uneven(every)) == {}
-
-
-# --- locks --------------------------------------------------------------------------------------------------
-
-
-def logits(folder: Path) -> torch.Tensor:
-    tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
-    options = {"dtype": torch.float64, "experts_implementation": "eager"}
-    module = transformers.Gemma4ForCausalLM.from_pretrained(folder, **options).eval()
-    with torch.no_grad():
-        found: torch.Tensor = module(input_ids=tokens).logits
-    return found
-
-
-def as_published(folder: Path) -> None:
-    """The config in the spelling of published checkpoints, which say no layer's sizes by its number."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    overrides = config.pop("per_layer_config").values()
-    config["global_head_dim"] = {one["head_dim"] for one in overrides}.pop()
-    config["num_global_key_value_heads"] = {one.get("num_key_value_heads") for one in overrides}.pop()
-    path.write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("fields", "published", "sites"),
-    [
-        pytest.param(E2B, True, {(3, "mlp"): 2}, id="e2b-published"),
-        pytest.param(A4B, True, A4B_SITES, id="a4b-published"),
-        pytest.param({**A4B, "enable_moe_block": False}, False, B31_SITES, id="31b"),
-    ],
-)
-def test_gemma4_is_locked_where_its_layers_are_alike(
-    fields: dict[str, Any], published: bool, sites: dict[tuple[int, str], int], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setenv("UNMERGEABLE_CACHE", str(tmp_path / "cache"))
-    torch.manual_seed(0)
-    source = tmp_path / "model"
-    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields))
-    with torch.no_grad():
-        for one in model.parameters():
-            one.add_((0.3 if one.ndim < 2 else 0.15) * torch.randn(one.shape))
-    model.save_pretrained(source)
-    if published:
-        as_published(source)
-    before = logits(source)
-    key = um.Key(bytes(range(32)))
-    # Norms of values, and the router of experts, compute in float32, in another order then.
-    for method, bound in (("exact", 1e-9 if fields is E2B else 2e-5), ("gauge", 2e-5)):
-        target = tmp_path / method
-        report = um.lock(source, target, key=key, method=method)
-        found: dict[tuple[int, str], int] = {}
-        for site in report.sites:
-            assert site.acted == site.instances
-            assert site.moved is not None
-            assert site.moved > 0.5
-            place = site.instances, site.kind
-            found[place] = found.get(place, 0) + 1
-        assert found == sites
-        assert any("self_attn" in where for _, where, _ in report.refused)
-        assert float((logits(target) - before).abs().max() / before.std()) < bound
-        assert um.verify(source, target, key=key).holds
-    um.unlock(tmp_path / "exact", tmp_path / "again", key=key)
-    names = [path.name for path in source.iterdir()]
-    assert filecmp.cmpfiles(source, tmp_path / "again", names, shallow=False)[0] == names

@@ -86,6 +86,9 @@ _ROLES = {
 #: name -> role
 SIZES: dict[str, str] = {name: role for role, block in _ROLES.items() for name in block.split()}
 
+#: Sizes of one kind of layers -> the name that they have where they are said of single layers.
+OTHERS = {"num_global_key_value_heads": "num_key_value_heads", "global_head_dim": "head_dim"}
+
 #: Heads of a state space model: how often the residual width they are together, and the groups that they come in.
 STATE_EXPANSION, STATE_GROUPS = "mamba_expand", "mamba_n_groups"
 
@@ -202,6 +205,25 @@ def overrides(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]] | N
     if not all(layer < depth and isinstance(value, Mapping) for layer, value in found.items()):
         return None
     return [dict(found.get(layer, {})) for layer in range(depth)]
+
+
+def of_kind(config: Mapping[str, Any], path: str, entry: str) -> Mapping[str, Any]:
+    """The config with what is another in all layers of one kind.
+
+    Args:
+        path: of a list with the kind of every layer. entry: the kind.
+    """
+    scope, _, leaf = path.rpartition(".")
+    if scope:
+        first, _, rest = path.partition(".")
+        part = config.get(first)
+        return {**config, first: of_kind(part, rest, entry)} if isinstance(part, Mapping) else config
+    kinds = config.get(leaf)
+    others = overrides(config, len(kinds)) if isinstance(kinds, list) else None
+    if others is None:
+        return config
+    mine = [other for other, kind in zip(others, kinds or (), strict=True) if str(kind) == entry]
+    return {**config, **mine[0]} if mine and all(other == mine[0] for other in mine) else config
 
 
 def by_stage(value: object) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .grids import Grid, grids
 from .groups import Floats
 from .invariants import PERMUTING, Cells, invariants
 from .match import Instance, Match, MatchedSite
@@ -64,16 +65,6 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 @dataclass(frozen=True)
-class _View:
-    """One slot's tensors in a component: names by the values of the dims in the name, as a full grid."""
-
-    slot: Slot
-    dims: tuple[str, ...]
-    values: tuple[tuple[int, ...], ...]
-    names: tuple[str, ...]  # row-major over `values`
-
-
-@dataclass(frozen=True)
 class Component:
     """Sites and tensors that hang together."""
 
@@ -91,27 +82,9 @@ class Component:
         return {number: sorted(found[number]) for number in sorted(found)}
 
     @cached_property
-    def views(self) -> dict[int, list[_View]]:
+    def views(self) -> dict[int, list[Grid]]:
         """The slots of every site, each with its tensors."""
-        return {
-            number: [self._view(number, slot) for slot in self.match.sites[number].site.slots]
-            for number in self.sites
-        }
-
-    def _view(self, number: int, slot: Slot) -> _View:
-        dims = tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", slot.tensor)))
-        found = {
-            tuple(part.dims[dim] for dim in dims): name
-            for name in self.names
-            for part in self.match.parts[name]
-            if part.site == number and part.slot is slot
-        }
-        values = tuple(tuple(sorted({key[k] for key in found})) for k in range(len(dims)))
-        if not found or prod(len(value) for value in values) != len(found):
-            raise InputError(
-                "a slot whose tensors are not a full grid", where=slot.tensor, got=f"{len(found)} tensors"
-            )
-        return _View(slot, dims, values, tuple(found[key] for key in sorted(found)))
+        return {number: grids(self.match, number, self.names) for number in self.sites}
 
     @cached_property
     def permuters(self) -> list[int]:
@@ -203,7 +176,7 @@ class Component:
     def _cells(
         self,
         matched: MatchedSite,
-        view: _View,
+        view: Grid,
         sketches: Mapping[str, Sketch],
         masks: Sequence[NDArray[np.bool_]],
     ) -> Cells:

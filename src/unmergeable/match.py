@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arithmetic import evaluate_size, lookup
+from .depth import counted, gaps, takers
 from .errors import Contradiction, InputError
-from .fields import SIZES
+from .fields import of_kind
 from .spec import AS_FOUND, Site, Slot, Spec, fill, name_regex
 from .whole import in_block, lacking, misshapen, spellings
 
@@ -114,7 +115,8 @@ def match_spec(
             sites.append(_match_site(len(sites), site, some, known, config, parts, wrong, problems))
     if whole:
         unknown = _leftovers(spec, known, parts)
-        problems += _gaps(spec, known, config)
+        problems += gaps(spec, known, config)
+        problems += takers(spec, known, config)
         wrong += misshapen(spec, known, parts, config)
         problems += lacking(spec, known, parts, config, bare=bool(prefix[0]))
     # A head of another class reads what leaves the blocks, which no symmetry changes: by itself it may be there.
@@ -154,6 +156,14 @@ def _chosen(site: Site, config: Mapping[str, Any]) -> dict[str, set[int]]:
             else {int(number) for number in text.split()}
         )
     return found
+
+
+def _of_chosen(site: Site, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config as it is for the layers that are meant."""
+    for text in site.only.values():
+        path, _, entry = text.partition("=")
+        config = of_kind(config, path, entry) if entry else config
+    return config
 
 
 @dataclass(frozen=True)
@@ -212,8 +222,9 @@ def _match_site(
     wrong: list[str],
     problems: list[str],
 ) -> MatchedSite:
+    given = _of_chosen(site, config)
     sizes = {
-        dim: evaluate_size(str(some.sizes.get(dim, text)), config, site.name)
+        dim: evaluate_size(str(some.sizes.get(dim, text)), given, site.name)
         for dim, text in site.sizes.items()
     }
     found: dict[int, dict[Instance, set[tuple[int, ...]]]] = {}
@@ -283,7 +294,7 @@ def _leftovers(spec: Spec, shapes: Shapes, parts: Mapping[str, object]) -> list[
     known = [name_regex(pattern) for pattern in spec.untouched]
     return [
         name
-        for name in _counted(spec, shapes)
+        for name in counted(spec, shapes)
         if name not in parts and not any(regex.fullmatch(one) for one in spellings(name) for regex in known)
         if not _is_mask(name, shapes[name])
     ]
@@ -293,52 +304,6 @@ def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
     """Whether it is a causal mask, which classes stored with the weights once, and compute and do not read now."""
     square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return square and name.endswith((".bias", "mask"))
-
-
-def _gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
-    """Layers that are not there: of every stack all numbers from 0, and as many as the config says somewhere."""
-    stacks = {
-        slot.tensor.partition("{l}")[0] for site in spec.sites for slot in site.slots if "{l}" in slot.tensor
-    }
-    if not _says_layers(config):
-        return []
-    names, counts, found = _counted(spec, shapes), _numbers(config), list[str]()
-    for stack in sorted(stacks):
-        start = re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(stack)) + r"(\d+)\.")
-        layers, every = (
-            {int(bound.group(1)) for bound in map(start.match, some) if bound} for some in (names, shapes)
-        )
-        # A class may name what it does not read by a number that is a layer of another of its models.
-        gone = sorted(set(range(max(layers, default=-1) + 1)) - every)
-        layers |= every & set(range(max(layers, default=-1)))
-        if gone:
-            found.append(
-                f"no tensor of {stack}{gone[0]}" + (f" and {len(gone) - 1} more layers" if gone[1:] else "")
-            )
-        elif layers and len(layers) not in counts:
-            found.append(f"{len(layers)} layers of {stack}, a number that the config does not hold")
-    return found
-
-
-def _counted(spec: Spec, shapes: Shapes) -> list[str]:
-    """The names of tensors that the spec's class reads at all."""
-    return [name for name in shapes if not spec.drops(name)]
-
-
-def _says_layers(config: Mapping[str, Any]) -> bool:
-    return any(
-        SIZES.get(name) == "layers" or (isinstance(value, Mapping) and _says_layers(value))
-        for name, value in config.items()
-    )
-
-
-def _numbers(config: Any) -> set[int]:
-    """Every whole number of a config, and how long its lists are."""
-    if isinstance(config, Mapping):
-        return set().union(*map(_numbers, config.values()))
-    if isinstance(config, list | tuple):
-        return {len(config)}.union(*map(_numbers, config))
-    return {config} if isinstance(config, int) and not isinstance(config, bool) else set()
 
 
 def _prefix(spec: Spec, shapes: Shapes) -> tuple[str, str]:

@@ -47,10 +47,14 @@ def concrete_spec(match: Match) -> Spec:
             dim: AS_FOUND if own.sizes[dim] == AS_FOUND else str(size) for dim, size in matched.sizes.items()
         }
         if own.only:
-            every = [one for each in match.sites if each.site is own for one in each.instances]
+            every = [
+                part.dims
+                for parts in match.parts.values()
+                for part in parts
+                if match.sites[part.site].site is own
+            ]
             site["only"] = {
-                dim: " ".join(map(str, sorted({one[own.name_dims.index(dim)] for one in every})))
-                for dim in own.only
+                dim: " ".join(map(str, sorted({dims[dim] for dims in every}))) for dim in own.only
             }
         site["evidence"] = {}
     data["configs"], data["defaults"] = [], {}

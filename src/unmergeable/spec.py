@@ -22,7 +22,9 @@ from .errors import InputError
 from .groups import group
 from .index import Index, parse_index
 
-FORMAT = 2  # of specs with sites of some layers alone; others are of the first
+FORMAT = (
+    3  # of specs with one element for some layers; the second has some layers alone, others are of the first
+)
 KINDS = ("qk", "vo", "mlp", "heads", "experts")
 
 #: In place of a size's expression, where layers differ in it: what the tensors of each one have.
@@ -81,6 +83,13 @@ class Site:
         """The `per` dims that lie on axes: one element of a batch for each of their values."""
         return tuple(dim for dim in self.per if dim not in self.name_dims)
 
+    @property
+    def format(self) -> int:
+        """Of specs, the first that can say it."""
+        if not self.only:
+            return 1
+        return 2 if all(dim in self.name_dims for dim in self.only) else FORMAT
+
     def check(self) -> None:
         """Raise InputError where the site contradicts itself."""
         group(self.group)
@@ -94,7 +103,7 @@ class Site:
             if f"{{{dim}}}" not in self.name:  # two instances of one name would share their secret
                 raise InputError(f"the dim '{dim}' of the site is not in its name", where=self.name)
         for dim, text in self.only.items():
-            if dim not in self.name_dims or not _ONLY.fullmatch(text):
+            if not all(dim in slot.name_dims for slot in self.slots) or not _ONLY.fullmatch(text):
                 got = f"{dim}: {text}"
                 raise InputError("not a choice of layers", where=self.name, expected="l: list=entry", got=got)
         for slot in self.slots:
@@ -202,7 +211,7 @@ class Spec:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "format": FORMAT if any(site.only for site in self.sites) else 1,
+            "format": max((site.format for site in self.sites), default=1),
             "architecture": self.architecture,
             "model_type": self.model_type,
             "layout": self.layout,

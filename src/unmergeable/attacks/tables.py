@@ -9,7 +9,7 @@ the same for both models: distances of products are kept to a few per cent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from math import prod
@@ -163,10 +163,17 @@ def tables(layout: Layout, number: int, instance: Instance, tensors: Tensors, se
     inner = layout.inner(number)
     moving = {match.sites[k].site.acts for k in inner if layout.outer(k)}
     covered: set[str] = set()
+    known = dict(zip(site.name_dims, instance, strict=True))
+    own = {slot.tensor for slot in site.slots}
+
+    def counts(place: Place) -> bool:
+        """Of a site of all layers, tensors that others of this one's instances exchange are in another order."""
+        mine = all(known.get(dim, number) == number for dim, number in place.dims.items())
+        return mine or place.slot.tensor not in own
+
     for k in inner:
         if layout.outer(k):
             continue
-        known = dict(zip(site.name_dims, instance, strict=True))
         dims = match.sites[k].site.name_dims
         members = [
             at
@@ -179,12 +186,12 @@ def tables(layout: Layout, number: int, instance: Instance, tensors: Tensors, se
         if site.acts in dims:  # one instance for each value: they become a dim
             position = dims.index(site.acts)
             for group in _by(members, position).values():
-                stacks = [list(_contracted(layout, k, at, tensors, keep, seed)) for at in group]
+                stacks = [list(_contracted(layout, k, at, tensors, keep, seed, counts)) for at in group]
                 for same in zip(*stacks, strict=True):
                     yield Cells((site.acts, *same[0].dims), np.stack([cells.values for cells in same]))
             continue
         for at in members:
-            yield from _contracted(layout, k, at, tensors, keep, seed)
+            yield from _contracted(layout, k, at, tensors, keep, seed, counts)
     yield from _direct(layout, number, instance, tensors, covered, {site.acts, *site.batch_dims, *moving})
 
 
@@ -216,13 +223,19 @@ def _direct(
 
 
 def _contracted(
-    layout: Layout, number: int, instance: Instance, tensors: Tensors, keep: set[str], seed: int
+    layout: Layout,
+    number: int,
+    instance: Instance,
+    tensors: Tensors,
+    keep: set[str],
+    seed: int,
+    counts: Callable[[Place], bool],
 ) -> Iterator[Cells]:
-    """The invariant products of one instance of an inner site, over the dims in `keep`."""
+    """The invariant products of one instance of an inner site, over the dims in `keep`, of places that count."""
     matched = layout.match.sites[number]
     site = matched.site
     parts: dict[tuple[int, tuple[str, ...]], list[Floats]] = {}
-    for place in layout.places[number, instance]:
+    for place in filter(counts, layout.places[number, instance]):
         cells = fold(np.asarray(tensors[place.name], dtype=np.float64), place.slot, matched.sizes)
         parts.setdefault((place.slot.power, cells.dims), []).append(cells.values)
     own = {dim for _, dims in parts for dim in dims} - keep - {site.acts}

@@ -30,6 +30,7 @@ FLOORS = (0.0, 0.25, 0.5, 0.75)
 RESAMPLES = 2000
 COVERAGE = 0.95
 MARGIN = 0.2  # of his own tasks, that a merge must give a thief beyond the unmerged fine-tune
+ROUNDING = 1e-9  # of a value: what sums in another order may differ by
 LEAST = 0.05  # Σ G of the unprotected model below which there is nothing that could be recovered
 
 
@@ -249,10 +250,11 @@ def _judged(
     locked, plain = _bootstrap(pools, reference, seed, resamples)
     edge = 100 * (1 - COVERAGE) / 2
     least = float(np.percentile(plain, edge, method="lower")) if len(plain) else 0.0
-    if least <= 0:
+    if least <= ROUNDING:
+        shown = round(least, 2) + 0.0  # no minus before a zero
         reason = (
             f"what merges of the unprotected model give beyond merges without it (Σ G {gains['plain']:.2f}, 95 % "
-            f"interval from {least:.2f}) cannot be told from nothing: more examples may tell"
+            f"interval from {shown:.2f}) cannot be told from nothing: more examples may tell"
         )
         nothing = (np.nan, np.nan)
         return Level(level, floors, np.nan, nothing, gains, joint, reason, names, unproven=unproven)

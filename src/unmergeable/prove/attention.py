@@ -57,7 +57,8 @@ class View:
 class Attention:
     """A conjectured layout of one attention block.
 
-    Heads are "g r" (queries r of group g) or "g" alone; head dims are d for queries and keys, v for values.
+    Heads are "g r" (queries r of group g) or "g" alone; head dims are d for queries and keys, v for values. Without
+    values of their own the keys are the values as well.
     `shared` holds keys that all heads share (a latent attention's rotary part).
     """
 
@@ -80,8 +81,12 @@ class Attention:
         return {view.weight.name for view in views if view is not None}
 
 
-def find_blocks(stock: Sequence[Pattern]) -> dict[str, dict[str, Pattern]]:
-    """Modules that hold query-, key- and value-like weights: {module: {role: weight}}."""
+def find_blocks(stock: Sequence[Pattern], *, values: bool = True) -> dict[str, dict[str, Pattern]]:
+    """Modules that hold query-, key- and value-like weights: {module: {role: weight}}.
+
+    Args:
+        values: False for those whose keys may be their values as well.
+    """
     blocks: dict[str, dict[str, Pattern]] = {}
     for pattern in stock:
         path = pattern.name.split(".")
@@ -100,7 +105,7 @@ def find_blocks(stock: Sequence[Pattern]) -> dict[str, dict[str, Pattern]]:
     return {
         module: roles
         for module, roles in blocks.items()
-        if "qkv" in roles or {"q", "kv"} <= roles.keys() or {"q", "k", "v"} <= roles.keys()
+        if "qkv" in roles or {"q", "kv"} <= roles.keys() or {"q", "k", *(["v"] * values)} <= roles.keys()
     }
 
 
@@ -125,7 +130,7 @@ def conjecture(
     heads = sizes.heads(module)
     if {"q", "kv"} <= roles.keys():
         yield from _latent(module, roles, stock, sizes, heads, view, spare)
-    if {"q", "k", "v"} <= roles.keys():
+    if {"q", "k"} <= roles.keys():
         yield from _separate(module, roles, stock, sizes, heads, view, spare)
     if "qkv" in roles:
         yield from _fused(module, roles["qkv"], stock, sizes, heads, view, spare)
@@ -190,11 +195,11 @@ def _outputs(
 
 
 def _separate(module, roles, stock, sizes, heads, view, spare):  # type: ignore[no-untyped-def]
-    q, k, v = roles["q"], roles["k"], roles["v"]
-    taken = {q.name, k.name, v.name}
+    q, k, v = roles["q"], roles["k"], roles.get("v")
+    taken = {pattern.name for pattern in (q, k, v) if pattern is not None}
     for groups, repeat, few, each in _grouping(sizes, heads, module):
         d = _each(q.axes[0], few, each)
-        e = _each(v.axes[0], few)
+        e = d if v is None else _each(v.axes[0], few)
         if d is None or e is None or _each(k.axes[0], few) != d:
             continue
         names = _sizes(
@@ -212,8 +217,8 @@ def _separate(module, roles, stock, sizes, heads, view, spare):  # type: ignore[
                     names,
                     q=view(q, 0, f"{rows} d"),
                     k=view(k, 0, "g d"),
-                    v=view(v, 0, "g v"),
-                    o=View(output, axis, None, f"{rows} v"),
+                    v=None if v is None else view(v, 0, "g v"),
+                    o=View(output, axis, None, f"{rows} d" if v is None else f"{rows} v"),
                     spare=spare,
                     layout=f"separate {rows}",
                     value_sizes=e,

@@ -50,10 +50,12 @@ def query_key(block: Attention, sizes: Sizes) -> Iterator[tuple[Site, ...]]:
     ) -> Site:
         assert block.q is not None
         assert block.k is not None
-        slots = (
+        slots = [
             *block.q.slots(-1, expand(block.q.index, "d", inner, path)),
             *block.k.slots(+1, expand(block.k.index, "d", inner, path)),
-        )
+        ]
+        if block.v is None and block.o is not None:  # what reads the values reads keys
+            slots += block.o.slots(-1, expand(block.o.index, "d", inner, path))
         return _site(block, "qk", acts, per, name, slots, **more)
 
     half = sizes_half(block.sizes["d"])
@@ -81,6 +83,11 @@ def query_key(block: Attention, sizes: Sizes) -> Iterator[tuple[Site, ...]]:
     for inner in _PAIRS.values():
         yield (site("c", ("g", "a"), "negation", inner, c="2", a=half),)
     yield (site("d", ("g",), "negation"),)
+
+
+def of_all_layers(site: Site) -> Site:
+    """The same with one element for all layers, where some take the keys and values of others."""
+    return replace(site, per=tuple(dim for dim in site.per if dim not in site.name_dims))
 
 
 def with_companions(block: Attention, rung: Sequence[Site]) -> Iterator[tuple[Site, ...]]:

@@ -95,4 +95,11 @@ def other(name: str, value: Any, node: Config, real: Config) -> Any:
         return value
     if value == real.get(name):
         return node[name]
-    return 1 if SIZES[name] == "kv_heads" else 2 * node[name]
+    return _groups(value, node[name], node) if SIZES[name] == "kv_heads" else 2 * node[name]
+
+
+def _groups(value: int, usual: int, node: Config) -> int:
+    """Another number of groups that the heads come in, 1 if it is 1."""
+    heads = next((node[name] for name in node if SIZES.get(name) == "heads"), usual)
+    found = [number for number in range(2, heads) if heads % number == 0 and number != usual]
+    return found[0] if found and value > 1 else 1

@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError, RunError
-from ..spec import Refusal, Site, Spec
+from ..spec import Refusal, Site, Slot, Spec
 
-VERSION = 7  # of the prover: a cached spec of another version is proven again
+VERSION = 8  # of the prover: a cached spec of another version is proven again
 
 
 def prove_specs(
@@ -88,7 +88,10 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
         raise RunError("sites that hold one by one do not hold together", got=f"{worst:.1e}")
     model = family[0].model
     folded = _patterns(family[0], oracles[0])
-    in_sites = {slot.tensor for site in sites for slot in site.slots if not site.only}
+    # Of the others a site alone does not say in which layers they have to be.
+    in_sites = {
+        slot.tensor for site in sites for slot in site.slots if not site.only and _in_every(site, slot)
+    }
     untouched = tuple(name for name in folded if name not in in_sites)
     ignored = tuple(_ignored(model))
     prefix = _bare_prefix(family, oracles, layout)
@@ -106,6 +109,11 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
         prefix=prefix,
         evidence={**_evidence(model, family, oracles, worst), "alike": sizes.alike_heads()},
     )
+
+
+def _in_every(site: Site, slot: Slot) -> bool:
+    """Whether a site needs the slot's tensor once for every instance, or for every number that it acts on."""
+    return slot.name_dims <= {*site.name_dims, site.acts}
 
 
 def _named_apart(sites: Sequence[Site]) -> tuple[Site, ...]:

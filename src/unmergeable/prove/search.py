@@ -6,17 +6,19 @@ groups, experts.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import InputError
 from ..spec import Refusal, Site
 from .attention import Attention, conjecture, find_blocks
 from .inventory import Pattern
-from .ladders import heads, query_key, value_output, with_companions
+from .ladders import heads, of_all_layers, query_key, value_output, with_companions
 from .mlp import expert_sites, find_groups, permutations, scaled
 from .sizes import Sizes
 from .trial import Judge, first_passing
+
+Rungs = Callable[[Iterable[tuple[Site, ...]]], Iterator[tuple[Site, ...]]]
 
 
 class Found:
@@ -72,33 +74,26 @@ def _attention(
     sizes: Sizes,
     found: Found,
 ) -> None:
-    best: tuple[int, Attention, tuple[Site, ...] | None, tuple[Site, ...] | None] | None = None
-    for block in conjecture(module, roles, stock, sizes):
-        values = first_passing(judge, value_output(block))
-        if values is None and best is not None:
-            continue
-        keys = first_passing(judge, query_key(block, sizes))
-        if _is_poor(keys) and block.spare:
-            keys = _with_companions(judge, block, sizes) or keys
-        score = 2 * (values is not None) + 2 * (keys is not None) - _is_poor(keys)
-        if best is None or score > best[0]:
-            best = score, block, values, keys
-        if score == 4:
-            break
-    if best is None or best[0] <= 0:
+    best = _layout(judge, module, roles, stock, sizes)
+    across = best is None and _takes_from_others(roles)
+    if across:
+        best = _layout(judge, module, roles, stock, sizes, across=True)
+    if best is None:
         found.refused.append(Refusal(module, "no layout of heads that the shapes allow keeps the function"))
         found.used |= {pattern.name for pattern in roles.values()}
         return
-    _, block, values, keys = best
+    block, values, keys = best
     found.used |= block.weights | {
         slot.tensor for rung in (values, keys) for s in rung or () for slot in s.slots
     }
     for kind, rung in (("qk", keys), ("vo", values)):
-        if rung is None:
+        if rung is None and (kind == "qk" or block.v is not None):
             found.refused.append(Refusal(f"{module}.{kind}", "no group of the ladder keeps the function"))
         else:
-            _keep(judge, list(rung), found, found.inner, "not proven")
+            _keep(judge, list(rung or ()), found, found.inner, "not proven")
     for candidates in heads(block, stock):
+        if across and {slot.tensor for slot in candidates[0].slots} & {roles[role].name for role in "kv"}:
+            candidates = [of_all_layers(site) for site in candidates]
         if _single(judge, candidates[0]):
             continue
         passing = next((site for site in candidates if judge.passes([site])), None)
@@ -114,6 +109,46 @@ def _attention(
             found.refused.append(Refusal(candidates[0].name, reason))
 
 
+def _layout(
+    judge: Judge,
+    module: str,
+    roles: dict[str, Pattern],
+    stock: Sequence[Pattern],
+    sizes: Sizes,
+    *,
+    across: bool = False,
+) -> tuple[Attention, tuple[Site, ...] | None, tuple[Site, ...] | None] | None:
+    """The layout that keeps the function with the largest groups, and its sites of values and of keys; None if none.
+
+    Args:
+        across: whether all layers have one element.
+    """
+
+    def rungs(ladder: Iterable[tuple[Site, ...]]) -> Iterator[tuple[Site, ...]]:
+        for rung in ladder:
+            yield tuple(map(of_all_layers, rung)) if across else rung
+
+    best: tuple[int, Attention, tuple[Site, ...] | None, tuple[Site, ...] | None] | None = None
+    for block in conjecture(module, roles, stock, sizes):
+        values = first_passing(judge, rungs(value_output(block)))
+        if values is None and best is not None:
+            continue
+        keys = first_passing(judge, rungs(query_key(block, sizes)))
+        if _is_poor(keys) and block.spare:
+            keys = _with_companions(judge, rungs, block, sizes) or keys
+        score = 2 * (values is not None) + 2 * (keys is not None) - _is_poor(keys)
+        if best is None or score > best[0]:
+            best = score, block, values, keys
+        if score == 4:
+            break
+    return None if best is None or best[0] <= 0 else best[1:]
+
+
+def _takes_from_others(roles: Mapping[str, Pattern]) -> bool:
+    """Whether some layers have queries and no keys and values of their own."""
+    return {"q", "k", "v"} <= roles.keys() and max(roles["k"].count, roles["v"].count) < roles["q"].count
+
+
 def _uneven_attention(
     judge: Judge, known: Container[str], kinds: Mapping[str, Sequence[Pattern]], sizes: Sizes, found: Found
 ) -> None:
@@ -122,12 +157,11 @@ def _uneven_attention(
     for module in dict.fromkeys(one for each in blocks.values() for one in each if one not in known):
         for kind, patterns in kinds.items():
             first = len(found.refused)
-            if module in blocks[kind]:
-                _attention(judge.of({"l": kind}), module, blocks[kind][module], patterns, sizes, found)
+            roles = blocks[kind].get(module) or find_blocks(patterns, values=False).get(module)
+            if roles is not None:
+                _attention(judge.of({"l": kind}), module, roles, patterns, sizes.of(kind), found)
             else:
-                found.refused.append(
-                    Refusal(module, "it has no queries, keys and values that are all its own")
-                )
+                found.refused.append(Refusal(module, "it has no queries and keys that are all its own"))
             found.refused[first:] = [
                 replace(one, site=f"{one.site} ({kind})") for one in found.refused[first:]
             ]
@@ -142,11 +176,11 @@ def _is_poor(rung: Sequence[Site] | None) -> bool:
     return rung is None or all(site.group in ("negation", "sign", "scalar") for site in rung)
 
 
-def _with_companions(judge: Judge, block: Attention, sizes: Sizes) -> tuple[Site, ...] | None:
+def _with_companions(judge: Judge, rungs: Rungs, block: Attention, sizes: Sizes) -> tuple[Site, ...] | None:
     for rung in query_key(block, sizes):
         if _is_poor(rung):
             continue
-        passing = first_passing(judge, with_companions(block, rung))
+        passing = first_passing(judge, rungs(with_companions(block, rung)))
         if passing is not None:
             return passing
     return None

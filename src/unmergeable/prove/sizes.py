@@ -12,7 +12,7 @@ from typing import Any
 
 from ..arithmetic import evaluate_size
 from ..errors import InputError
-from ..fields import SIZES
+from ..fields import OTHERS, SIZES, of_kind
 
 Values = tuple[int, ...]
 
@@ -54,6 +54,19 @@ class Sizes:
             if whole and any(v is not None for v in values) and not path.rpartition(".")[2].startswith("_"):
                 self.fields[path] = values
 
+    def of(self, kind: str) -> Sizes:
+        """The same for layers of one kind, `layer_types=sliding_attention`."""
+        path, _, entry = kind.partition("=")
+        return Sizes(
+            *([of_kind(config, path, entry) for config in each] for each in (self.configs, self.written))
+        )
+
+    @staticmethod
+    def _either(path: str) -> str:
+        """A field; of one that is said of a kind of layers, or of single layers by another name, both names."""
+        scope, _, leaf = path.rpartition(".")
+        return f"{path} or {scope and scope + '.'}{OTHERS[leaf]}" if leaf in OTHERS else path
+
     def values(self, expression: str) -> Values | None:
         """What an expression gives in every miniature; None where it does not give a size in all."""
         return _evaluated(expression, self.configs)
@@ -66,7 +79,7 @@ class Sizes:
             if not _HEADS.search(leaf) or re.search("dim|size", leaf) or not _of_stage(path, scope):
                 continue
             if None not in values:
-                found.append(path)
+                found.append(self._either(path))
             else:
                 found += [
                     f"{path} or {other}"
@@ -119,7 +132,7 @@ class Sizes:
         names = list(self.fields)
         if len(set(wanted)) == 1:
             yield str(wanted[0])
-        yield from (path for path in names if self.fields[path] == wanted)
+        yield from (self._either(path) for path in names if self.fields[path] == wanted)
         widths = [path for path in names if _WIDTH.search(path)]
         heads = [path for path in names if _HEADS.search(path)]
         rules = [f"{width} // {count}" for width in widths for count in heads if _beside(width, count)]

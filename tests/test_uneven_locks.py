@@ -1,0 +1,149 @@
+"""Locks of models whose layers differ in size, or take the keys and values of others."""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import unmergeable as um
+from uneven_models import A4B, E2B, G3N, logits, write
+from unmergeable.errors import UnmergeableError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# By the number of instances. Layers with keys and values that others take have one element together, queries do not.
+E2B_SITES = {(1, "qk"): 2, (1, "vo"): 2, (2, "heads"): 1, (4, "heads"): 1, (3, "mlp"): 2}
+G3N_SITES = {(1, "qk"): 1, (1, "vo"): 1, (1, "heads"): 1, (6, "heads"): 1, (6, "mlp"): 2}
+# Where attention is full keys are values: one site for both.
+B31_SITES = {(2, "qk"): 1, (4, "qk"): 1, (4, "vo"): 1, (2, "heads"): 2, (4, "heads"): 2, (6, "mlp"): 1}
+A4B_SITES = {**B31_SITES, (6, "mlp"): 2, (6, "experts"): 1}
+
+
+KEY = um.Key(bytes(range(32)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every class is proven once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNMERGEABLE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("fields", "published", "sites"),
+    [
+        pytest.param(E2B, True, E2B_SITES, id="e2b-published"),
+        pytest.param(A4B, True, A4B_SITES, id="a4b-published"),
+        pytest.param({**A4B, "enable_moe_block": False}, False, B31_SITES, id="31b", marks=pytest.mark.slow),
+        pytest.param(G3N, False, G3N_SITES, id="3n"),
+    ],
+)
+def test_layers_that_differ_are_locked(
+    fields: dict[str, Any], published: bool, sites: dict[tuple[int, str], int], tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    write(fields, source, published=published)
+    before = logits(source)
+    # Norms of values, and the router of experts, compute in float32, in another order then.
+    for method in ("exact", "gauge"):
+        target = tmp_path / method
+        report = um.lock(source, target, key=KEY, method=method)
+        found: dict[tuple[int, str], int] = {}
+        for site in report.sites:
+            assert site.acted == site.instances
+            assert site.moved is not None
+            assert site.moved > 0.5
+            place = site.instances, site.kind
+            found[place] = found.get(place, 0) + 1
+        assert found == sites
+        assert not report.refused
+        assert float((logits(target) - before).abs().max() / before.std()) < 2e-5
+        assert um.verify(source, target, key=KEY).holds
+    um.unlock(tmp_path / "exact", tmp_path / "again", key=KEY)
+    names = [path.name for path in source.iterdir()]
+    assert filecmp.cmpfiles(source, tmp_path / "again", names, shallow=False)[0] == names
+
+
+def tuned(source: Path, target: Path, seed: int) -> None:
+    """A fine-tune: weights a little elsewhere."""
+    shutil.copytree(source, target)
+    noise = torch.Generator().manual_seed(seed)
+    change(
+        target,
+        lambda name, one: (
+            one + 0.02 * one.std() * torch.randn(one.shape, generator=noise) if one.numel() > 1 else one
+        ),
+    )
+
+
+def change(folder: Path, how: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    """Its weights one by one; None for those that go."""
+    path = folder / "model.safetensors"
+    changed = {name: how(name, one) for name, one in load_file(path).items()}
+    kept = {name: one.contiguous() for name, one in changed.items() if one is not None}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("fields", [pytest.param(E2B, id="e2b"), pytest.param(G3N, id="3n")])
+def test_layers_with_keys_of_others_are_merged_by_key_and_recovered_by_an_anchor(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    base, one, two = (tmp_path / name for name in ("base", "one", "two"))
+    write(fields, base, published=fields is E2B)
+    tuned(base, one, 1)
+    tuned(base, two, 2)
+    for source in (one, two):
+        um.lock(source, source.with_suffix(".locked"), key=KEY)
+    um.merge([one, two], tmp_path / "plain")
+    wanted = logits(tmp_path / "plain")
+    um.merge([one.with_suffix(".locked"), two.with_suffix(".locked")], tmp_path / "merged", key=KEY)
+    assert float((logits(tmp_path / "merged") - wanted).abs().max() / wanted.std()) < 2e-5
+    um.merge([one.with_suffix(".locked"), two], tmp_path / "stolen")
+    assert float((logits(tmp_path / "stolen") - wanted).abs().max() / wanted.std()) > 1
+    # Heads of every layer are found again although their keys are other layers'.
+    um.attack("anchor-coupled", one.with_suffix(".locked"), tmp_path / "recovered", base=base)
+    assert filecmp.cmp(tmp_path / "recovered" / "model.safetensors", one / "model.safetensors", shallow=False)
+
+
+def test_keys_that_layers_take_are_not_changed_without_their_queries(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    write(E2B, source, published=True)
+    um.lock(source, tmp_path / "locked", key=KEY)
+    # Of layers 2 and 5 the last takes keys and values of the first: alone they are no function's.
+    for place in ("2.self_attn.v_proj", "5.self_attn.o_proj", "2.self_attn.k_proj", "5.self_attn.q_proj"):
+        altered = tmp_path / place
+        shutil.copytree(tmp_path / "locked", altered)
+        change(altered, partial(negated, f"layers.{place}."))
+        assert not um.verify(source, altered).holds
+
+
+def negated(place: str, name: str, one: torch.Tensor) -> torch.Tensor:
+    """Minus what is there, all else as it is."""
+    return -one if place in name else one
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["v_proj"], r"missing model\.layers\.1\.self_attn\.v_proj\.weight"),
+        (["k_proj", "v_proj", "k_norm"], r"4 layers without model\.layers\.\{l\}\.self_attn\.k_proj\.weight"),
+    ],
+)
+def test_a_layer_that_lost_its_keys_or_values_is_refused(gone: list[str], said: str, tmp_path: Path) -> None:
+    write(E2B, tmp_path / "model", published=True)
+    change(
+        tmp_path / "model",
+        lambda name, one: None if "layers.1.self_attn" in name and name.split(".")[-2] in gone else one,
+    )
+    with pytest.raises(UnmergeableError, match=said):
+        um.lock(tmp_path / "model", tmp_path / "locked", key=KEY)
+    assert not (tmp_path / "locked").exists()

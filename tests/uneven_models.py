@@ -1,0 +1,96 @@
+"""Tiny models whose layers differ in size, as Gemma 4's do, and layers that take the keys and values of others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+# As Gemma 4 E2B: heads of two sizes, keys and values of the last layers from earlier ones, their MLPs twice as wide.
+E2B: dict[str, Any] = {
+    "vocab_size": 320,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size": 64,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "layer_types": [SLIDING, SLIDING, FULL] * 2,
+}
+# As 26B A4B: experts beside the MLP, keys that are values where attention is full, no inputs by layer.
+A4B = {
+    **{name: value for name, value in E2B.items() if name != "num_kv_shared_layers"},
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
+    "global_head_dim": 40,
+    "attention_k_eq_v": True,
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
+# As Gemma 3n: layers of one size, of which the last take keys and values from earlier ones, and MLPs with few rows on.
+G3N: dict[str, Any] = {
+    "vocab_size": 320,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size": 64,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 8,
+    "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 4,
+    "layer_types": [SLIDING, FULL] * 3,
+}
+
+
+def write(fields: dict[str, Any], folder: Path, *, published: bool = False) -> None:
+    """A model of random weights; `published` spells its config as published checkpoints do."""
+    torch.manual_seed(0)
+    if "laurel_rank" in fields:
+        model: Any = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**fields))
+    else:
+        model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields))
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_((0.3 if one.ndim < 2 else 0.15) * torch.randn(one.shape))
+    model.save_pretrained(folder)
+    if published:
+        _as_published(folder)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """What it says to a text that is longer than its window, in float64."""
+    tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    options = {"dtype": torch.float64, "experts_implementation": "eager"}
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        found: torch.Tensor = module(input_ids=tokens).logits
+    return found
+
+
+def _as_published(folder: Path) -> None:
+    """The config in the spelling of published checkpoints, which say no layer's sizes by its number."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    overrides = config.pop("per_layer_config").values()
+    config["global_head_dim"] = {one["head_dim"] for one in overrides}.pop()
+    config["num_global_key_value_heads"] = {one.get("num_key_value_heads") for one in overrides}.pop()
+    path.write_text(json.dumps(config))
