@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import unmergeable as um
-from uneven_models import A4B, E2B, G3N, logits, write
+from uneven_models import A4B, E2B, G3N, Q35, QNEXT, change, logits, tuned, write
 from unmergeable.errors import UnmergeableError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,6 +26,18 @@ B31_SITES = {(2, "qk"): 1, (4, "qk"): 1, (4, "vo"): 1, (2, "heads"): 2, (4, "hea
 A4B_SITES = {**B31_SITES, (6, "mlp"): 2, (6, "experts"): 1}
 
 
+# Linear attention, and of attention with a gate two sites of keys: pairs that are rotated and the rest.
+Q35_SITES = {
+    (3, "qk"): 1,
+    (3, "vo"): 1,
+    (3, "heads"): 2,
+    (1, "qk"): 2,
+    (1, "vo"): 1,
+    (1, "heads"): 2,
+    (4, "mlp"): 1,
+}
+QNEXT_SITES = {**Q35_SITES, (16, "mlp"): 1, (4, "experts"): 1}
+GEMMA4, GEMMA3N = "Gemma4ForCausalLM", "Gemma3nForCausalLM"
 KEY = um.Key(bytes(range(32)))
 
 
@@ -39,19 +50,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "published", "sites"),
+    ("of", "fields", "published", "sites"),
     [
-        pytest.param(E2B, True, E2B_SITES, id="e2b-published"),
-        pytest.param(A4B, True, A4B_SITES, id="a4b-published"),
-        pytest.param({**A4B, "enable_moe_block": False}, False, B31_SITES, id="31b", marks=pytest.mark.slow),
-        pytest.param(G3N, False, G3N_SITES, id="3n"),
+        pytest.param(GEMMA4, E2B, True, E2B_SITES, id="e2b-published"),
+        pytest.param(GEMMA4, A4B, True, A4B_SITES, id="a4b-published"),
+        pytest.param(
+            GEMMA4, {**A4B, "enable_moe_block": False}, False, B31_SITES, id="31b", marks=pytest.mark.slow
+        ),
+        pytest.param(GEMMA3N, G3N, False, G3N_SITES, id="3n"),
+        pytest.param("Qwen3_5ForCausalLM", Q35, False, Q35_SITES, id="gated"),
+        pytest.param(
+            "Qwen3NextForCausalLM", QNEXT, False, QNEXT_SITES, id="gated-experts", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_layers_that_differ_are_locked(
-    fields: dict[str, Any], published: bool, sites: dict[tuple[int, str], int], tmp_path: Path
+    of: str, fields: dict[str, Any], published: bool, sites: dict[tuple[int, str], int], tmp_path: Path
 ) -> None:
     source = tmp_path / "model"
-    write(fields, source, published=published)
+    write(fields, source, of=of, published=published)
     before = logits(source)
     # Norms of values, and the router of experts, compute in float32, in another order then.
     for method in ("exact", "gauge"):
@@ -73,32 +90,19 @@ def test_layers_that_differ_are_locked(
     assert filecmp.cmpfiles(source, tmp_path / "again", names, shallow=False)[0] == names
 
 
-def tuned(source: Path, target: Path, seed: int) -> None:
-    """A fine-tune: weights a little elsewhere."""
-    shutil.copytree(source, target)
-    noise = torch.Generator().manual_seed(seed)
-    change(
-        target,
-        lambda name, one: (
-            one + 0.02 * one.std() * torch.randn(one.shape, generator=noise) if one.numel() > 1 else one
-        ),
-    )
-
-
-def change(folder: Path, how: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
-    """Its weights one by one; None for those that go."""
-    path = folder / "model.safetensors"
-    changed = {name: how(name, one) for name, one in load_file(path).items()}
-    kept = {name: one.contiguous() for name, one in changed.items() if one is not None}
-    save_file(kept, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("fields", [pytest.param(E2B, id="e2b"), pytest.param(G3N, id="3n")])
-def test_layers_with_keys_of_others_are_merged_by_key_and_recovered_by_an_anchor(
-    fields: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("of", "fields"),
+    [
+        pytest.param(GEMMA4, E2B, id="e2b"),
+        pytest.param(GEMMA3N, G3N, id="3n"),
+        pytest.param("Qwen3_5ForCausalLM", Q35, id="gated"),
+    ],
+)
+def test_what_is_locked_is_merged_by_key_and_recovered_by_an_anchor(
+    of: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     base, one, two = (tmp_path / name for name in ("base", "one", "two"))
-    write(fields, base, published=fields is E2B)
+    write(fields, base, of=of, published=fields is E2B)
     tuned(base, one, 1)
     tuned(base, two, 2)
     for source in (one, two):

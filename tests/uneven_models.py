@@ -1,13 +1,16 @@
-"""Tiny models whose layers differ in size, as Gemma 4's do, and layers that take the keys and values of others."""
+"""Tiny models whose layers differ: in size, in what they take from others, or in the kind of their attention."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # As Gemma 4 E2B: heads of two sizes, keys and values of the last layers from earlier ones, their MLPs twice as wide.
@@ -61,19 +64,63 @@ G3N: dict[str, Any] = {
 }
 
 
-def write(fields: dict[str, Any], folder: Path, *, published: bool = False) -> None:
-    """A model of random weights; `published` spells its config as published checkpoints do."""
+# As Qwen3.5: three layers of linear attention to one of attention whose output is gated.
+Q35: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+}
+# As Qwen3-Next: the same with experts, and with other orders of rows.
+QNEXT: dict[str, Any] = {
+    **Q35,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
+
+
+def write(
+    fields: dict[str, Any], folder: Path, *, of: str = "Gemma4ForCausalLM", published: bool = False
+) -> None:
+    """A model of random weights; `published` spells its config as published checkpoints of Gemma 4 do."""
     torch.manual_seed(0)
-    if "laurel_rank" in fields:
-        model: Any = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**fields))
-    else:
-        model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields))
+    model_class = getattr(transformers, of)
+    model = model_class(model_class.config_class(**fields))
     with torch.no_grad():
         for one in model.parameters():
             one.add_((0.3 if one.ndim < 2 else 0.15) * torch.randn(one.shape))
     model.save_pretrained(folder)
     if published:
         _as_published(folder)
+
+
+def tuned(source: Path, target: Path, seed: int) -> None:
+    """A fine-tune: weights a little elsewhere."""
+    shutil.copytree(source, target)
+    noise = torch.Generator().manual_seed(seed)
+    change(
+        target,
+        lambda name, one: (
+            one + 0.02 * one.std() * torch.randn(one.shape, generator=noise) if one.numel() > 1 else one
+        ),
+    )
+
+
+def change(folder: Path, how: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    """Its weights one by one; None for those that go."""
+    path = folder / "model.safetensors"
+    changed = {name: how(name, one) for name, one in load_file(path).items()}
+    kept = {name: one.contiguous() for name, one in changed.items() if one is not None}
+    save_file(kept, path, metadata={"format": "pt"})
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -54,6 +54,10 @@ _ROLES = {
     "qk_dim": "qk_head_dim",
     "state_heads": "mamba_n_heads",
     "state_head_dim": "mamba_d_head",
+    "linear_key_heads": "linear_num_key_heads",
+    "linear_value_heads": "linear_num_value_heads",
+    "linear_key_dim": "linear_key_head_dim",
+    "linear_value_dim": "linear_value_head_dim",
     "rank": "kv_lora_rank q_lora_rank hidden_size_per_layer_input",
     "layers": """
         num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers

@@ -59,7 +59,8 @@ class Attention:
 
     Heads are "g r" (queries r of group g) or "g" alone; head dims are d for queries and keys, v for values. Without
     values of their own the keys are the values as well.
-    `shared` holds keys that all heads share (a latent attention's rotary part).
+    `shared` holds keys that all heads share (a latent attention's rotary part). `gate` has as many rows as values, by
+    which what a head gives is multiplied.
     """
 
     scope: str
@@ -70,6 +71,7 @@ class Attention:
     o: View | None = None
     rotary_q: View | None = None
     rotary_k: View | None = None
+    gate: View | None = None
     spare: tuple[Pattern, ...] = ()
     layout: str = ""
     value_sizes: Values | None = None
@@ -198,9 +200,13 @@ def _separate(module, roles, stock, sizes, heads, view, spare):  # type: ignore[
     q, k, v = roles["q"], roles["k"], roles.get("v")
     taken = {pattern.name for pattern in (q, k, v) if pattern is not None}
     for groups, repeat, few, each in _grouping(sizes, heads, module):
-        d = _each(q.axes[0], few, each)
+        d = _each(k.axes[0], few)
         e = d if v is None else _each(v.axes[0], few)
-        if d is None or e is None or _each(k.axes[0], few) != d:
+        if d is None or e is None:
+            continue
+        # Beside every head's queries there may be as many rows that gate what it gives.
+        gated = v is not None and d == e and _each(q.axes[0], few, each) == tuple(2 * n for n in d)
+        if not gated and _each(q.axes[0], few, each) != d:
             continue
         names = _sizes(
             sizes, module, {"g": (groups, few), "r": (repeat, each), "d": (None, d), "v": (None, e)}
@@ -215,10 +221,11 @@ def _separate(module, roles, stock, sizes, heads, view, spare):  # type: ignore[
                 yield Attention(
                     module,
                     names,
-                    q=view(q, 0, f"{rows} d"),
+                    q=view(q, 0, f"{rows} [d | v].0" if gated else f"{rows} d"),
                     k=view(k, 0, "g d"),
                     v=None if v is None else view(v, 0, "g v"),
                     o=View(output, axis, None, f"{rows} d" if v is None else f"{rows} v"),
+                    gate=view(q, 0, f"{rows} [d | v].1") if gated else None,
                     spare=spare,
                     layout=f"separate {rows}",
                     value_sizes=e,

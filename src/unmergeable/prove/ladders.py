@@ -33,6 +33,10 @@ def value_output(block: Attention) -> Iterator[tuple[Site, ...]]:
         return
     dim = "v" if re.search(r"\bv\b", block.o.index) else "d"
     slots = (*block.v.slots(+1), Slot(block.o.weight.name, {block.o.axis: block.o.index}, -1))
+    if block.gate is not None:
+        for name in ("monomial", "permutation"):
+            yield (_site(block, "vo", dim, ("g",), name, (*slots, *block.gate.slots(0))),)
+        return
     for name in ("general_linear", "orthogonal", "diagonal", "sign", "scalar", "negation"):
         yield (_site(block, "vo", dim, ("g",), name, slots),)
 
@@ -148,6 +152,8 @@ def _head_slots(block: Attention, dim: str) -> Iterator[Slot]:
                 index = "g d"  # nope and rotary rows of a head go together
             elif view is block.k:
                 index = "g [n | v].0"
+        elif view is block.q and block.gate is not None:
+            yield from block.gate.slots(power)
         if dim in re.findall(r"[a-z]+", _selected(index)):
             yield from view.slots(power, index)
     if block.o is not None:

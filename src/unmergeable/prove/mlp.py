@@ -172,7 +172,7 @@ def expert_sites(mlps: Sequence[Site], stock: Sequence[Pattern], sizes: Sizes) -
 def _counted(stock: Sequence[Pattern], sizes: Sizes, parent: str) -> Values | None:
     """How many experts there are, from a field that also is an axis of a tensor beside them."""
     for path, values in sizes.fields.items():
-        if "expert" not in path or None in values:
+        if "expert" not in path or re.search("size|dim", path.rpartition(".")[2]) or None in values:
             continue
         if any(p.name.startswith(parent + ".") and "{e}" not in p.name and values in p.axes for p in stock):
             return values  # type: ignore[return-value]

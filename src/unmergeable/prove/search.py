@@ -14,6 +14,7 @@ from ..spec import Refusal, Site
 from .attention import Attention, conjecture, find_blocks
 from .inventory import Pattern
 from .ladders import heads, of_all_layers, query_key, value_output, with_companions
+from .linear import Linear, find_linear
 from .mlp import expert_sites, find_groups, permutations, scaled
 from .sizes import Sizes
 from .trial import Judge, first_passing
@@ -56,6 +57,8 @@ def search(
     for module, roles in blocks.items():
         _attention(judge, module, roles, stock, sizes, found)
     _uneven_attention(judge, blocks, kinds or {}, sizes, found)
+    for block in find_linear(stock, sizes):
+        _linear(judge, block, found)
     mlps = _mlps(judge, stock, sizes, found)
     _mlps(judge, uneven, sizes, found, uneven=True)
     left = [pattern for pattern in uneven if len(pattern.axes) == 2 and pattern.name not in found.used]
@@ -165,6 +168,14 @@ def _uneven_attention(
             found.refused[first:] = [
                 replace(one, site=f"{one.site} ({kind})") for one in found.refused[first:]
             ]
+
+
+def _linear(judge: Judge, block: Linear, found: Found) -> None:
+    found.used |= block.weights
+    for into, sites in ((found.inner, block.inner()), (found.outer, block.outer())):
+        for site in sites:
+            if not _single(judge, site):
+                _keep(judge, [site], found, into, "not proven")
 
 
 def _single(judge: Judge, site: Site) -> bool:

@@ -106,6 +106,7 @@ def _node(node: Config, state: _State) -> Config:
             node[name] = _size(role, name, real[name], node, real, state)
     _experts(node, real, by_role, state)
     _states(node, by_role)
+    _linear(node, real, by_role, state.shape)
     if not stages.shrink(node, real, state.shape):
         layers.shrink(node, real, by_role, state.shape)
     _image(node, real, state)
@@ -288,6 +289,18 @@ def _states(node: Config, by_role: dict[str, list[str]]) -> None:
     node[heads[0]] = count
     for name in sizes:
         node[name] = inner // count
+
+
+def _linear(node: Config, real: Config, by_role: dict[str, list[str]], shape: int) -> None:
+    """Heads of linear attention: values in groups of one key, or one for one."""
+    roles = ("linear_key_heads", "linear_value_heads", "linear_key_dim", "linear_value_dim")
+    if not all(role in by_role for role in roles):
+        return
+    keys, values, key, value = (by_role[role][0] for role in roles)
+    groups, repeat = ((2, 3), (3, 2))[shape]
+    node[keys] = groups
+    node[values] = groups * repeat if real[values] > real[keys] else groups
+    node[key], node[value] = ((10, 18), (14, 12))[shape]
 
 
 # ---- images and tokens

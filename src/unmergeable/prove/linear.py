@@ -1,0 +1,122 @@
+"""Conjecture sites of linear attention by the gated delta rule (arXiv 2412.06464): keys, values and heads.
+
+Queries and keys meet in inner products alone, but behind a convolution of every channel, an activation and a norm of
+each head: their coordinates may change places, and no more. So may those of values, in all heads alike, which share
+the weights of a norm. Heads have a decay and a rate of their own, which move along.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..spec import Site, Slot
+from .inventory import Pattern
+from .sizes import Sizes
+
+_FIELDS = {
+    "g": "linear_num_key_heads",
+    "h": "linear_num_value_heads",
+    "k": "linear_key_head_dim",
+    "v": "linear_value_head_dim",
+}
+_CHANNELS = "[g k | g k | g r v]"
+#: How what is read from the residual stream is laid out: {weight: (index string, what its parts are)}.
+_LAYOUTS: tuple[dict[str, tuple[str, str]], ...] = (
+    {
+        "in_proj_qkv": (_CHANNELS, "qkv"),
+        "in_proj_z": ("g r v", "v"),
+        "in_proj_b": ("g r", "h"),
+        "in_proj_a": ("g r", "h"),
+    },
+    {"in_proj_qkvz": ("g [k | k | r v | r v]", "qkvv"), "in_proj_ba": ("g [r | r]", "hh")},
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The slots of one block by what they are of: queries and keys, values, or heads as a whole."""
+
+    scope: str
+    sizes: dict[str, str]
+    keys: tuple[Slot, ...]
+    values: tuple[Slot, ...]
+    heads: tuple[Slot, ...]
+    norms: tuple[Slot, ...]
+
+    @property
+    def weights(self) -> set[str]:
+        return {slot.tensor for slot in (*self.keys, *self.values, *self.heads, *self.norms)}
+
+    def inner(self) -> Iterator[Site]:
+        """Coordinates of keys, by head, and of values, of all heads alike."""
+        yield self._site("qk", "qk", "k", ("g",), self.keys)
+        yield self._site("vo", "vo", "v", (), (*self.values, *self.norms))
+
+    def outer(self) -> Iterator[Site]:
+        """Value heads of one key, and key heads."""
+        yield self._site("heads.r", "heads", "r", ("g",), (*self.values, *self.heads))
+        yield self._site("heads.g", "heads", "g", (), (*self.keys, *self.values, *self.heads))
+
+    def _site(self, name: str, kind: str, acts: str, per: tuple[str, ...], slots: Sequence[Slot]) -> Site:
+        used = {dim for slot in slots for index in slot.axes.values() for dim in index.all_dims}
+        sizes = {dim: text for dim, text in self.sizes.items() if dim in used}
+        in_name = tuple(re.findall(r"\{(\w+)\}", self.scope))
+        return Site(f"{self.scope}.{name}", kind, acts, (*in_name, *per), "permutation", sizes, tuple(slots))
+
+
+def find_linear(stock: Sequence[Pattern], sizes: Sizes) -> Iterator[Linear]:
+    """Blocks with a convolution of queries, keys and values, and all that a layout of names has."""
+    known = {pattern.name: pattern for pattern in stock}
+    for scope in (name.removesuffix(".conv1d.weight") for name in known if name.endswith(".conv1d.weight")):
+        for layout in _LAYOUTS:
+            wanted = {*layout, "conv1d", "out_proj", "norm"}
+            if all(f"{scope}.{name}.weight" in known for name in wanted):
+                fields = _fields(sizes, known[f"{scope}.conv1d.weight"])
+                if fields is not None:
+                    yield _block(scope, layout, known, fields)
+
+
+def _fields(sizes: Sizes, convolution: Pattern) -> dict[str, str] | None:
+    """Expressions for the dims, of fields beside each other that give the channels of the convolution."""
+    for path in sizes.fields:
+        start = path.removesuffix(_FIELDS["g"])
+        if start == path:
+            continue
+        found = {dim: sizes.values(start + leaf) for dim, leaf in _FIELDS.items()}
+        g, h, k, v = found.values()
+        if None in (g, h, k, v):
+            continue
+        assert g is not None
+        assert h is not None
+        assert k is not None
+        assert v is not None
+        channels = tuple(2 * a * c + b * d for a, b, c, d in zip(g, h, k, v, strict=True))
+        if channels == convolution.axes[0]:
+            names = {dim: start + leaf for dim, leaf in _FIELDS.items()}
+            return {
+                "g": names["g"],
+                "r": f"{names['h']} // ({names['g']})",
+                "k": names["k"],
+                "v": names["v"],
+            }
+    return None
+
+
+def _block(
+    scope: str, layout: dict[str, tuple[str, str]], known: dict[str, Pattern], sizes: dict[str, str]
+) -> Linear:
+    parts: dict[str, list[Slot]] = {"k": [], "v": [], "h": [], "n": []}
+    every = {**layout, "conv1d": (_CHANNELS, "qkv")}
+    for name, (index, kinds) in every.items():
+        for leaf in ("weight", "bias"):
+            if (tensor := f"{scope}.{name}.{leaf}") not in known:
+                continue
+            for place, kind in enumerate(kinds):
+                text = f"{index}.{place}" if "[" in index else index
+                parts["k" if kind == "q" else kind].append(Slot(tensor, {0: text}))
+    parts["h"] += [Slot(f"{scope}.{name}", {0: "g r"}) for name in ("A_log", "dt_bias")]
+    parts["n"].append(Slot(f"{scope}.norm.weight", {0: "v"}))
+    parts["v"].append(Slot(f"{scope}.out_proj.weight", {1: "g r v"}))
+    return Linear(scope, sizes, *(tuple(parts[kind]) for kind in "kvhn"))
