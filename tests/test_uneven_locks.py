@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -11,10 +12,29 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import unmergeable as um
-from uneven_models import A4B, E2B, G3N, Q35, QNEXT, change, logits, tuned, write
+from uneven_models import (
+    A4B,
+    BAMBA,
+    E2B,
+    FALCON,
+    FULL,
+    G3N,
+    GRANITE,
+    NEMOTRON,
+    Q35,
+    QNEXT,
+    SLIDING,
+    change,
+    logits,
+    tuned,
+    write,
+)
 from unmergeable.errors import UnmergeableError
+from unmergeable.match import match_spec
+from unmergeable.specs import find_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -37,6 +57,26 @@ Q35_SITES = {
     (4, "mlp"): 1,
 }
 QNEXT_SITES = {**Q35_SITES, (16, "mlp"): 1, (4, "experts"): 1}
+# State spaces, with one layer of attention.
+BAMBA_SITES = {
+    (2, "qk"): 1,
+    (2, "vo"): 1,
+    (2, "heads"): 2,
+    (1, "qk"): 2,
+    (1, "vo"): 1,
+    (1, "heads"): 2,
+    (3, "mlp"): 1,
+}
+FALCON_SITES = {(2, "qk"): 2, (2, "vo"): 2, (2, "heads"): 4, (2, "mlp"): 1}
+# Its experts are found as rows of one MLP each, which may change places.
+GRANITE_SITES = {
+    (2, "qk"): 1, (2, "vo"): 1, (2, "heads"): 1, (1, "qk"): 1, (1, "vo"): 1, (1, "heads"): 2, (3, "mlp"): 2
+}  # fmt: skip
+NEMOTRON_SITES = {
+    **{(2, "qk"): 1, (2, "vo"): 1, (2, "heads"): 2, (1, "qk"): 1, (1, "vo"): 1, (1, "heads"): 2},
+    **{(8, "mlp"): 1, (1, "mlp"): 2, (1, "experts"): 1},
+}
+E2B_LAYERS = {"num_hidden_layers": 35, "layer_types": [*[SLIDING] * 4, FULL] * 7}
 GEMMA4, GEMMA3N = "Gemma4ForCausalLM", "Gemma3nForCausalLM"
 KEY = um.Key(bytes(range(32)))
 
@@ -59,6 +99,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         ),
         pytest.param(GEMMA3N, G3N, False, G3N_SITES, id="3n"),
         pytest.param("Qwen3_5ForCausalLM", Q35, False, Q35_SITES, id="gated"),
+        pytest.param("BambaForCausalLM", BAMBA, False, BAMBA_SITES, id="states"),
+        pytest.param(
+            "FalconH1ForCausalLM", FALCON, False, FALCON_SITES, id="states-beside", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "GraniteMoeHybridForCausalLM",
+            GRANITE,
+            False,
+            GRANITE_SITES,
+            id="states-experts",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "NemotronHForCausalLM", NEMOTRON, False, NEMOTRON_SITES, id="kinds", marks=pytest.mark.slow
+        ),
         pytest.param(
             "Qwen3NextForCausalLM", QNEXT, False, QNEXT_SITES, id="gated-experts", marks=pytest.mark.slow
         ),
@@ -96,6 +151,7 @@ def test_layers_that_differ_are_locked(
         pytest.param(GEMMA4, E2B, id="e2b"),
         pytest.param(GEMMA3N, G3N, id="3n"),
         pytest.param("Qwen3_5ForCausalLM", Q35, id="gated"),
+        pytest.param("BambaForCausalLM", BAMBA, id="states"),
     ],
 )
 def test_what_is_locked_is_merged_by_key_and_recovered_by_an_anchor(
@@ -151,3 +207,31 @@ def test_a_layer_that_lost_its_keys_or_values_is_refused(gone: list[str], said: 
     with pytest.raises(UnmergeableError, match=said):
         um.lock(tmp_path / "model", tmp_path / "locked", key=KEY)
     assert not (tmp_path / "locked").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of", "fields"),
+    [
+        (GEMMA4, {**E2B_LAYERS, "hidden_size": 1536, "num_key_value_heads": 1, "num_kv_shared_layers": 20}),
+        (GEMMA3N, {}),
+        ("Qwen3_5ForCausalLM", {}),
+        ("Qwen3NextForCausalLM", {"num_hidden_layers": 4}),
+        ("BambaForCausalLM", {"attn_layer_indices": [9, 18, 27]}),
+        ("FalconH1ForCausalLM", {}),
+        ("NemotronHForCausalLM", {}),
+    ],
+)
+def test_what_is_proven_of_small_models_fits_large_ones(of: str, fields: dict[str, Any]) -> None:
+    """Small sizes are alike by chance: sizes that classes have by default are not."""
+    model_class = getattr(transformers, of)
+    configuration = model_class.config_class(**fields)
+    with torch.device("meta"):
+        module = model_class(configuration)
+    tied = getattr(module, "all_tied_weights_keys", {})
+    shapes = {name: tuple(one.shape) for name, one in module.state_dict().items() if name not in tied}
+    config = {**json.loads(configuration.to_json_string()), "architectures": [of]}
+    spec, canonical = find_spec(config, shapes)
+    match = match_spec(spec, shapes, canonical)
+    assert not spec.refused
+    assert {"qk", "vo", "mlp", "heads"} <= {one.site.kind for one in match.sites}

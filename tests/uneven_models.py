@@ -73,8 +73,8 @@ Q35: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
     "linear_key_head_dim": 12,
     "linear_value_head_dim": 10,
 }
@@ -85,6 +85,51 @@ QNEXT: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 20,
+}
+# As Bamba: state spaces, and attention in one layer.
+BAMBA: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 4,
+    "mamba_d_state": 12,
+    "attn_layer_indices": [1],
+}
+# As Nemotron-H: layers that are one of state space, experts, attention and MLP each.
+NEMOTRON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "mamba_num_heads": 12,
+    "mamba_head_dim": 10,
+    "n_groups": 4,
+    "ssm_state_size": 12,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 20,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+}
+# As Falcon-H1: a state space and attention in every layer.
+FALCON: dict[str, Any] = {
+    **{name: value for name, value in BAMBA.items() if name != "attn_layer_indices"},
+    "num_hidden_layers": 2,
+    "mamba_d_ssm": 128,
+}
+# As Granite 4: state spaces or attention, then experts and an MLP.
+GRANITE: dict[str, Any] = {
+    **{name: value for name, value in BAMBA.items() if name != "attn_layer_indices"},
+    "mamba_n_groups": 1,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 40,
 }
 
 

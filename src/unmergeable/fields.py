@@ -52,8 +52,11 @@ _ROLES = {
     "rope_dim": "qk_rope_head_dim rotary_dim",
     "value_dim": "v_head_dim",
     "qk_dim": "qk_head_dim",
-    "state_heads": "mamba_n_heads",
-    "state_head_dim": "mamba_d_head",
+    "state_heads": "mamba_n_heads mamba_num_heads",
+    "state_head_dim": "mamba_d_head mamba_head_dim",
+    "state_width": "mamba_d_ssm",
+    "state_dim": "mamba_d_state ssm_state_size",
+    "state_chunk": "mamba_chunk_size",
     "linear_key_heads": "linear_num_key_heads",
     "linear_value_heads": "linear_num_value_heads",
     "linear_key_dim": "linear_key_head_dim",
@@ -93,8 +96,9 @@ SIZES: dict[str, str] = {name: role for role, block in _ROLES.items() for name i
 #: Sizes of one kind of layers -> the name that they have where they are said of single layers.
 OTHERS = {"num_global_key_value_heads": "num_key_value_heads", "global_head_dim": "head_dim"}
 
-#: Heads of a state space model: how often the residual width they are together, and the groups that they come in.
-STATE_EXPANSION, STATE_GROUPS = "mamba_expand", "mamba_n_groups"
+#: Heads of a state space model: how often the residual width they are together, where that is said, and the groups
+#: that they come in.
+STATE_EXPANSION, STATE_GROUPS = "mamba_expand", ("mamba_n_groups", "n_groups")
 
 #: Sizes whose None or absence means "work it out from the others", or that nothing reads. For every other
 #: size None, zero or absence is structure.

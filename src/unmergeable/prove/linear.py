@@ -1,8 +1,9 @@
-"""Conjecture sites of linear attention by the gated delta rule (arXiv 2412.06464): keys, values and heads.
+"""Conjecture sites of linear attention (the gated delta rule, arXiv 2412.06464) and state spaces (arXiv 2405.21060).
 
-Queries and keys meet in inner products alone, but behind a convolution of every channel, an activation and a norm of
-each head: their coordinates may change places, and no more. So may those of values, in all heads alike, which share
-the weights of a norm. Heads have a decay and a rate of their own, which move along.
+Queries and keys, or what is written to states and read from them, meet in inner products alone, but behind a
+convolution of every channel and an activation: their coordinates may change places, and no more. So may those of
+values; in all heads alike where these share the weights of a norm. Heads have a decay and a rate of their own, which
+move along.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..fields import SIZES, STATE_EXPANSION, STATE_GROUPS
 from ..spec import Site, Slot
 from .inventory import Pattern
 from .sizes import Sizes
@@ -36,7 +38,10 @@ _LAYOUTS: tuple[dict[str, tuple[str, str]], ...] = (
 
 @dataclass(frozen=True)
 class Linear:
-    """The slots of one block by what they are of: queries and keys, values, or heads as a whole."""
+    """The slots of one block by what they are of: queries and keys, values, or heads as a whole.
+
+    norms: of values, one for all heads; without one values have an order in every head.
+    """
 
     scope: str
     sizes: dict[str, str]
@@ -52,7 +57,7 @@ class Linear:
     def inner(self) -> Iterator[Site]:
         """Coordinates of keys, by head, and of values, of all heads alike."""
         yield self._site("qk", "qk", "k", ("g",), self.keys)
-        yield self._site("vo", "vo", "v", (), (*self.values, *self.norms))
+        yield self._site("vo", "vo", "v", () if self.norms else ("g", "r"), (*self.values, *self.norms))
 
     def outer(self) -> Iterator[Site]:
         """Value heads of one key, and key heads."""
@@ -70,6 +75,10 @@ def find_linear(stock: Sequence[Pattern], sizes: Sizes) -> Iterator[Linear]:
     """Blocks with a convolution of queries, keys and values, and all that a layout of names has."""
     known = {pattern.name: pattern for pattern in stock}
     for scope in (name.removesuffix(".conv1d.weight") for name in known if name.endswith(".conv1d.weight")):
+        if all(f"{scope}.{name}" in known for name in ("in_proj.weight", "out_proj.weight", "A_log")):
+            fields = _state_fields(scope, known, sizes)
+            if fields is not None:
+                yield _states(scope, known, fields)
         for layout in _LAYOUTS:
             wanted = {*layout, "conv1d", "out_proj", "norm"}
             if all(f"{scope}.{name}.weight" in known for name in wanted):
@@ -120,3 +129,67 @@ def _block(
     parts["n"].append(Slot(f"{scope}.norm.weight", {0: "v"}))
     parts["v"].append(Slot(f"{scope}.out_proj.weight", {1: "g r v"}))
     return Linear(scope, sizes, *(tuple(parts[kind]) for kind in "kvhn"))
+
+
+def _state_fields(scope: str, known: dict[str, Pattern], sizes: Sizes) -> dict[str, str] | None:
+    """Expressions for the dims of a state space, of fields by their role: small sizes are alike by chance."""
+    rows, channels, inner, heads = (
+        known[f"{scope}.{name}"].axes[axis]
+        for name, axis in (("in_proj.weight", 0), ("conv1d.weight", 0), ("out_proj.weight", 1), ("A_log", 0))
+    )
+    # Twice the states of all groups: what is written and what is read.
+    both = tuple(a - b for a, b in zip(channels, inner, strict=True))
+    if any(row != b + c + h for row, b, c, h in zip(rows, inner, channels, heads, strict=True)):
+        return None
+
+    def first(wanted: tuple[int, ...] | None, *candidates: str) -> str | None:
+        return next(
+            (text for text in candidates if wanted is not None and sizes.values(text) == wanted), None
+        )
+
+    named = {
+        role: [path for path in sizes.fields if SIZES.get(path.rpartition(".")[2]) == role]
+        for role in ("state_heads", "state_dim", "state_head_dim", "state_width")
+    }
+    count = first(heads, *named["state_heads"])
+    group = next((path for path in sizes.fields if path.rpartition(".")[2] in STATE_GROUPS), None)
+    groups = sizes.values(group) if group is not None else None
+    if count is None or group is None or groups is None or _parts(heads, groups) is None:
+        return None
+    # A class may work out the size of a head, from a width that is said or a multiple of the residual one.
+    widths = [*named["state_width"], f"{STATE_EXPANSION} * hidden_size"]
+    k = first(_parts(both, groups, 2), *named["state_dim"])
+    v = first(_parts(inner, heads), *named["state_head_dim"], *(f"{width} // ({count})" for width in widths))
+    if k is None or v is None:
+        return None
+    return {"g": group, "r": f"{count} // ({group})", "k": k, "v": v}
+
+
+def _parts(whole: Sequence[int], counts: Sequence[int], twice: int = 1) -> tuple[int, ...] | None:
+    """whole / (counts · twice), where that leaves no rest anywhere."""
+    pairs = [(a, b * twice) for a, b in zip(whole, counts, strict=True)]
+    return None if any(a % b for a, b in pairs) else tuple(a // b for a, b in pairs)
+
+
+def _states(scope: str, known: dict[str, Pattern], sizes: dict[str, str]) -> Linear:
+    def slots(name: str, index: str, *places: int) -> Iterator[Slot]:
+        for leaf in (".weight", ".bias", ""):
+            if f"{scope}.{name}{leaf}" in known:
+                for place in places:
+                    yield Slot(f"{scope}.{name}{leaf}", {0: f"{index}.{place}"})
+                if not places:
+                    yield Slot(f"{scope}.{name}{leaf}", {0: index})
+
+    read, channels = "[g r v | g r v | g k | g k | g r]", "[g r v | g k | g k]"
+    out = Slot(f"{scope}.out_proj.weight", {1: "g r v"})
+    return Linear(
+        scope,
+        sizes,
+        keys=(*slots("in_proj", read, 2, 3), *slots("conv1d", channels, 1, 2)),
+        values=(*slots("in_proj", read, 0, 1), *slots("conv1d", channels, 0), *slots("norm", "g r v"), out),
+        heads=(
+            *slots("in_proj", read, 4),
+            *(one for name in ("A_log", "D", "dt_bias") for one in slots(name, "g r")),
+        ),
+        norms=(),
+    )

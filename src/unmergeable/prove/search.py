@@ -53,12 +53,13 @@ def search(
         kinds: the patterns of one shape in the layers of a kind, in which attention of several shapes is looked for.
     """
     found = Found()
+    for block in find_linear(stock, sizes):
+        _linear(judge, block, found)
+    stock = [pattern for pattern in stock if pattern.name not in found.used]
     blocks = find_blocks(stock)
     for module, roles in blocks.items():
         _attention(judge, module, roles, stock, sizes, found)
     _uneven_attention(judge, blocks, kinds or {}, sizes, found)
-    for block in find_linear(stock, sizes):
-        _linear(judge, block, found)
     mlps = _mlps(judge, stock, sizes, found)
     _mlps(judge, uneven, sizes, found, uneven=True)
     left = [pattern for pattern in uneven if len(pattern.axes) == 2 and pattern.name not in found.used]

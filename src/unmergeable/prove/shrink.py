@@ -105,7 +105,7 @@ def _node(node: Config, state: _State) -> Config:
         for name in names:
             node[name] = _size(role, name, real[name], node, real, state)
     _experts(node, real, by_role, state)
-    _states(node, by_role)
+    _states(node, by_role, state.shape)
     _linear(node, real, by_role, state.shape)
     if not stages.shrink(node, real, state.shape):
         layers.shrink(node, real, by_role, state.shape)
@@ -276,19 +276,26 @@ def _experts(node: Config, real: Config, by_role: dict[str, list[str]], state: _
         node[name] = routed_groups * each if real[name] > 1 else real[name]
 
 
-def _states(node: Config, by_role: dict[str, list[str]]) -> None:
-    """Heads of a state space model make up a multiple of the residual width, in groups."""
+def _states(node: Config, by_role: dict[str, list[str]], shape: int) -> None:
+    """Heads of a state space model, in groups; together a multiple of the residual width, where the class wants it."""
     heads, sizes = by_role.get("state_heads"), by_role.get("state_head_dim", [])
-    given = [node.get(name) for name in ("hidden_size", STATE_EXPANSION, STATE_GROUPS)]
-    numbers = [one for one in given if isinstance(one, int)]
-    if not heads or len(numbers) < len(given):
+    groups = next((node[name] for name in STATE_GROUPS if isinstance(node.get(name), int)), None)
+    if not heads or groups is None:
         return
-    width, expand, groups = numbers
-    inner = expand * width
-    count = next((groups * k for k in (4, 3, 2) if inner % (groups * k) == 0), groups)
+    for name in by_role.get("state_dim", []):
+        node[name] = (10, 14)[shape]
+    for name in by_role.get("state_chunk", []):
+        node[name] = (8, 16)[shape]  # a short text has several
+    own = by_role.get("state_width", [])
+    count, width = groups * (2, 3)[shape], groups * (12, 12)[shape]
+    if STATE_EXPANSION in node and not own:
+        width = node[STATE_EXPANSION] * node["hidden_size"]
+        count = next((groups * k for k in (4, 3, 2) if width % (groups * k) == 0), groups)
     node[heads[0]] = count
     for name in sizes:
-        node[name] = inner // count
+        node[name] = width // count
+    for name in own:
+        node[name] = width
 
 
 def _linear(node: Config, real: Config, by_role: dict[str, list[str]], shape: int) -> None:
@@ -297,7 +304,7 @@ def _linear(node: Config, real: Config, by_role: dict[str, list[str]], shape: in
     if not all(role in by_role for role in roles):
         return
     keys, values, key, value = (by_role[role][0] for role in roles)
-    groups, repeat = ((2, 3), (3, 2))[shape]
+    groups, repeat = ((5, 2), (4, 3))[shape]
     node[keys] = groups
     node[values] = groups * repeat if real[values] > real[keys] else groups
     node[key], node[value] = ((10, 18), (14, 12))[shape]

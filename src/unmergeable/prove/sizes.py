@@ -19,6 +19,7 @@ Values = tuple[int, ...]
 _HEADS = re.compile(r"(heads?|n_head|num_heads|query_groups|n_head_kv)(\[\d+\])?$")
 _KV = re.compile(r"key_value|kv|group")
 _WIDTH = re.compile(r"(hidden_sizes?|d_model|n_embd|n_embed|embed_dim|hidden_dim|dim|width)(\[\d+\])?$")
+_OTHER = ("state", "linear")  # the beginnings of roles of what is no attention
 _COUNT = re.compile(r"(layers|blocks|stages|depth)$")  # no factor of a width, whatever its number
 _STAGE = re.compile(r"\[(\d+)\]")
 _TOWERS = frozenset(["encoder", "decoder", "text", "vision", "audio", "image", "speech", "cross"])
@@ -76,7 +77,7 @@ class Sizes:
         found = []
         for path, values in self.fields.items():
             leaf = path.rpartition(".")[2]
-            if not _HEADS.search(leaf) or re.search("dim|size", leaf) or not _of_stage(path, scope):
+            if not _counts_heads(path) or re.search("dim|size", leaf) or not _of_stage(path, scope):
                 continue
             if None not in values:
                 found.append(self._either(path))
@@ -84,7 +85,7 @@ class Sizes:
                 found += [
                     f"{path} or {other}"
                     for other in self.fields
-                    if other != path and _HEADS.search(other) and self.values(f"{path} or {other}")
+                    if other != path and _counts_heads(other) and self.values(f"{path} or {other}")
                 ]
         found.sort(key=lambda text: (-self._nearness(text, scope), bool(_KV.search(text)), len(text)))
         return list({self.values(text): text for text in reversed(found)}.values())[::-1]
@@ -134,7 +135,7 @@ class Sizes:
             yield str(wanted[0])
         yield from (self._either(path) for path in names if self.fields[path] == wanted)
         widths = [path for path in names if _WIDTH.search(path)]
-        heads = [path for path in names if _HEADS.search(path)]
+        heads = [path for path in names if _counts_heads(path)]
         rules = [f"{width} // {count}" for width in widths for count in heads if _beside(width, count)]
         rules += [f"{k} * {path}" for path in widths for k in (2, 3, 4, 8)]
         rules += [
@@ -171,6 +172,12 @@ def _evaluated(expression: str, configs: Sequence[Mapping[str, Any]]) -> Values 
         return tuple(evaluate_size(expression, config) for config in configs)
     except InputError:
         return None
+
+
+def _counts_heads(path: str) -> bool:
+    """Whether a field may count heads of attention: not one of state spaces or linear attention."""
+    role = SIZES.get(_STAGE.sub("", path.rpartition(".")[2]), "heads")
+    return _HEADS.search(path) is not None and role.endswith("heads") and not role.startswith(_OTHER)
 
 
 def _beside(x: str, y: str) -> bool:
