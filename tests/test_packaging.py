@@ -125,7 +125,9 @@ FAMILIES = (
 )
 
 
-FIELD = re.compile(r"\b(?:mamba_n_heads|mamba_d_head|mamba_expand|mamba_n_groups)\b")
+FIELD = re.compile(
+    r"\bmamba_(?:(?:n|num)_heads|n_groups|(?:d_head|head_dim)|d_ssm|d_state|chunk_size|expand)\b"
+)
 
 
 def test_no_family_of_models_is_named_where_specs_decide() -> None:

@@ -31,6 +31,7 @@ RESAMPLES = 2000
 COVERAGE = 0.95
 MARGIN = 0.2  # of his own tasks, that a merge must give a thief beyond the unmerged fine-tune
 ROUNDING = 1e-9  # of a value: what sums in another order may differ by
+DIGITS = 12  # of a value in the bootstrap
 LEAST = 0.05  # Σ G of the unprotected model below which there is nothing that could be recovered
 
 
@@ -333,7 +334,9 @@ def _bootstrap(
     def values(half: str, task: str, scores: Sequence[Floats]) -> Floats:
         """[candidates, resamples]; scores are one array of examples a candidate."""
         start, end = (side[half][task] @ shares[half][task] for side in (reference.base, reference.plain))
-        return (np.stack(scores) @ shares[half][task] - start) / (end - start)
+        found = (np.stack(scores) @ shares[half][task] - start) / (end - start)
+        # A product's last bits depend on where in it a candidate stands: equal ones must be equal to choose among them.
+        return np.round(found, DIGITS)
 
     known: dict[Side, tuple[Floats, Floats, Floats]] = {}
     alone = np.full(resamples, reference.alone)
