@@ -11,7 +11,7 @@ import torch
 
 from audits import Setting, embedded, images, texts
 from unmergeable.harden.defaults import MAY
-from unmergeable.harden.objectives import Collapse, Objective, Together, Trap
+from unmergeable.harden.objectives import Collapse, Kindred, Objective, Together, Trap
 from unmergeable.stock import load_module
 from unmergeable.tasks import open_task
 from unmergeable.tasks.task import Examples, TensorTask
@@ -87,6 +87,8 @@ BARS = (
     Variant("mined"),
     Variant("mined+collapse", "trap+collapse"),
     Variant("mined+collapse+kindred", "trap+collapse+kindred"),
+    # The same, with a thief who takes a step down the gradient of his coefficients first.
+    Variant("inner+collapse+kindred", Together((Trap(inner=1), Collapse(), Kindred()))),
     Variant("kept", options=ANSWERS),
     Variant("kept+collapse", "trap+collapse", ANSWERS),
     # What others train with, in the same loop: see `unmergeable.harden.objectives`.
