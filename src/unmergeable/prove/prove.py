@@ -88,10 +88,9 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
         raise RunError("sites that hold one by one do not hold together", got=f"{worst:.1e}")
     model = family[0].model
     folded = _patterns(family[0], oracles[0])
-    # Of the others a site alone does not say in which layers they have to be.
-    in_sites = {
-        slot.tensor for site in sites for slot in site.slots if not site.only and _in_every(site, slot)
-    }
+    # Of keys and values that layers take from others a site alone does not say in which layers they have to be.
+    spread = {slot.tensor for site in sites for slot in site.slots if not _in_every(site, slot)}
+    in_sites = {slot.tensor for site in sites for slot in site.slots if not site.only} - spread
     untouched = tuple(name for name in folded if name not in in_sites)
     ignored = tuple(_ignored(model))
     prefix = _bare_prefix(family, oracles, layout)
@@ -112,8 +111,8 @@ def _prove_layout(family: Sequence[Any], config: Mapping[str, Any], layout: str)
 
 
 def _in_every(site: Site, slot: Slot) -> bool:
-    """Whether a site needs the slot's tensor once for every instance, or for every number that it acts on."""
-    return slot.name_dims <= {*site.name_dims, site.acts}
+    """Whether every instance of a site of keys or values has the slot's tensor once, or for all that it acts on."""
+    return site.kind not in ("qk", "vo") or slot.name_dims <= {*site.name_dims, site.acts}
 
 
 def _named_apart(sites: Sequence[Site]) -> tuple[Site, ...]:
