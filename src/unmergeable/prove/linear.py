@@ -89,27 +89,15 @@ def find_linear(stock: Sequence[Pattern], sizes: Sizes) -> Iterator[Linear]:
 
 def _fields(sizes: Sizes, convolution: Pattern) -> dict[str, str] | None:
     """Expressions for the dims, of fields beside each other that give the channels of the convolution."""
-    for path in sizes.fields:
-        start = path.removesuffix(_FIELDS["g"])
-        if start == path:
+    starts = [path.removesuffix(_FIELDS["g"]) for path in sizes.fields if path.endswith(_FIELDS["g"])]
+    for names in ({dim: start + leaf for dim, leaf in _FIELDS.items()} for start in starts):
+        found = [values for name in names.values() if (values := sizes.values(name)) is not None]
+        if len(found) < len(names):
             continue
-        found = {dim: sizes.values(start + leaf) for dim, leaf in _FIELDS.items()}
-        g, h, k, v = found.values()
-        if None in (g, h, k, v):
-            continue
-        assert g is not None
-        assert h is not None
-        assert k is not None
-        assert v is not None
-        channels = tuple(2 * a * c + b * d for a, b, c, d in zip(g, h, k, v, strict=True))
+        channels = tuple(2 * g * k + h * v for g, h, k, v in zip(*found, strict=True))
         if channels == convolution.axes[0]:
-            names = {dim: start + leaf for dim, leaf in _FIELDS.items()}
-            return {
-                "g": names["g"],
-                "r": f"{names['h']} // ({names['g']})",
-                "k": names["k"],
-                "v": names["v"],
-            }
+            key_heads, value_heads = names["g"], names["h"]
+            return {"g": key_heads, "r": f"{value_heads} // ({key_heads})", "k": names["k"], "v": names["v"]}
     return None
 
 
