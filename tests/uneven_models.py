@@ -13,14 +13,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-# As Gemma 4 E2B: heads of two sizes, keys and values of the last layers from earlier ones, their MLPs twice as wide.
-E2B: dict[str, Any] = {
-    "vocab_size": 320,
+SMALL: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96}
+BY_LAYER = {
+    **SMALL,
     "vocab_size_per_layer_input": 320,
-    "hidden_size": 64,
     "hidden_size_per_layer_input": 8,
-    "intermediate_size": 96,
     "num_hidden_layers": 6,
+}
+# As Gemma 4 E2B: heads of two sizes, keys and values of the last layers from earlier ones, their MLPs twice as wide.
+E2B = {
+    **BY_LAYER,
     "num_attention_heads": 4,
     "num_key_value_heads": 1,
     "head_dim": 16,
@@ -46,13 +48,8 @@ A4B = {
     "moe_intermediate_size": 24,
 }
 # As Gemma 3n: layers of one size, of which the last take keys and values from earlier ones, and MLPs with few rows on.
-G3N: dict[str, Any] = {
-    "vocab_size": 320,
-    "vocab_size_per_layer_input": 320,
-    "hidden_size": 64,
-    "hidden_size_per_layer_input": 8,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
+G3N = {
+    **BY_LAYER,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -65,10 +62,8 @@ G3N: dict[str, Any] = {
 
 
 # As Qwen3.5: three layers of linear attention to one of attention whose output is gated.
-Q35: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
+Q35 = {
+    **SMALL,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -79,18 +74,15 @@ Q35: dict[str, Any] = {
     "linear_value_head_dim": 10,
 }
 # As Qwen3-Next: the same with experts, and with other orders of rows.
-QNEXT: dict[str, Any] = {
+QNEXT = {
     **Q35,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 20,
 }
-# As Bamba: state spaces, and attention in one layer.
-BAMBA: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
+STATES = {
+    **SMALL,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -98,13 +90,12 @@ BAMBA: dict[str, Any] = {
     "mamba_d_head": 16,
     "mamba_n_groups": 4,
     "mamba_d_state": 12,
-    "attn_layer_indices": [1],
 }
+# As Bamba: state spaces, and attention in one layer.
+BAMBA = {**STATES, "attn_layer_indices": [1]}
 # As Nemotron-H: layers that are one of state space, experts, attention and MLP each.
-NEMOTRON: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
+NEMOTRON = {
+    **SMALL,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -117,14 +108,10 @@ NEMOTRON: dict[str, Any] = {
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
 }
 # As Falcon-H1: a state space and attention in every layer.
-FALCON: dict[str, Any] = {
-    **{name: value for name, value in BAMBA.items() if name != "attn_layer_indices"},
-    "num_hidden_layers": 2,
-    "mamba_d_ssm": 128,
-}
+FALCON = {**STATES, "num_hidden_layers": 2, "mamba_d_ssm": 128}
 # As Granite 4: state spaces or attention, then experts and an MLP.
-GRANITE: dict[str, Any] = {
-    **{name: value for name, value in BAMBA.items() if name != "attn_layer_indices"},
+GRANITE = {
+    **STATES,
     "mamba_n_groups": 1,
     "layer_types": ["mamba", "attention", "mamba"],
     "num_local_experts": 6,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .fields import SIZES
-from .spec import Spec, name_regex
+from .spec import Spec, bound
 from .whole import Shapes
 
 
@@ -22,7 +22,7 @@ def gaps(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
     for stack in sorted(stacks):
         start = re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(stack)) + r"(\d+)\.")
         layers, every = (
-            {int(bound.group(1)) for bound in map(start.match, some) if bound} for some in (names, shapes)
+            {int(at.group(1)) for at in map(start.match, some) if at} for some in (names, shapes)
         )
         # A class may name what it does not read by a number that is a layer of another of its models.
         gone = sorted(set(range(max(layers, default=-1) + 1)) - every)
@@ -46,9 +46,7 @@ def takers(spec: Spec, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
     counts, missing = set(_layers_said(config)), dict[str, int]()
     for site in (site for site in spec.sites if site.kind in ("qk", "vo")):
         layers = {
-            slot.tensor: {
-                int(bound["l"]) for bound in map(name_regex(slot.tensor).fullmatch, shapes) if bound
-            }
+            slot.tensor: {dims["l"] for _, dims in bound(slot.tensor, shapes)}
             for slot in site.slots
             if "l" in slot.name_dims - {*site.name_dims, site.acts}
         }

@@ -215,18 +215,18 @@ def overrides(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]] | N
     return [dict(found.get(layer, {})) for layer in range(depth)]
 
 
-def of_kind(config: Mapping[str, Any], path: str, entry: str) -> Mapping[str, Any]:
+def of_kind(config: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     """The config with what is another in all layers of one kind.
 
     Args:
-        path: of a list with the kind of every layer. entry: the kind.
+        kind: as of `Site.only`, an entry of a list with one a layer; the config stays as it is for numbers of layers.
     """
-    scope, _, leaf = path.rpartition(".")
-    if scope:
-        first, _, rest = path.partition(".")
+    path, _, entry = kind.partition("=")
+    first, _, rest = path.partition(".")
+    if rest:
         part = config.get(first)
-        return {**config, first: of_kind(part, rest, entry)} if isinstance(part, Mapping) else config
-    kinds = config.get(leaf)
+        return {**config, first: of_kind(part, f"{rest}={entry}")} if isinstance(part, Mapping) else config
+    kinds = config.get(path)
     others = overrides(config, len(kinds)) if isinstance(kinds, list) else None
     if others is None:
         return config

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from .arithmetic import evaluate_size, lookup
 from .depth import counted, gaps, takers
 from .errors import Contradiction, InputError
 from .fields import of_kind
-from .spec import AS_FOUND, Site, Slot, Spec, fill, name_regex
+from .spec import AS_FOUND, Site, Slot, Spec, bound, fill, name_regex
 from .whole import in_block, lacking, misshapen, spellings
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -158,14 +159,6 @@ def _chosen(site: Site, config: Mapping[str, Any]) -> dict[str, set[int]]:
     return found
 
 
-def _of_chosen(site: Site, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config as it is for the layers that are meant."""
-    for text in site.only.values():
-        path, _, entry = text.partition("=")
-        config = of_kind(config, path, entry) if entry else config
-    return config
-
-
 @dataclass(frozen=True)
 class _Some:
     """The instances of a site that have one size, where only tensors know it.
@@ -185,11 +178,8 @@ class _Some:
 
 def _bound(site: Site, slot: Slot, shapes: Shapes) -> Iterator[tuple[str, dict[str, int], Instance]]:
     """The tensors that a slot's pattern names: name, the numbers in it, and the instance of the site."""
-    regex = name_regex(slot.tensor)
-    for name in shapes:
-        if (bound := regex.fullmatch(name)) is not None:
-            dims = {dim: int(number) for dim, number in bound.groupdict().items()}
-            yield name, dims, tuple(dims[dim] for dim in site.name_dims)
+    for name, dims in bound(slot.tensor, shapes):
+        yield name, dims, tuple(dims[dim] for dim in site.name_dims)
 
 
 def _by_size(site: Site, shapes: Shapes, chosen: Mapping[str, set[int]]) -> list[_Some]:
@@ -222,7 +212,7 @@ def _match_site(
     wrong: list[str],
     problems: list[str],
 ) -> MatchedSite:
-    given = _of_chosen(site, config)
+    given = reduce(of_kind, site.only.values(), config)
     sizes = {
         dim: evaluate_size(str(some.sizes.get(dim, text)), given, site.name)
         for dim, text in site.sizes.items()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -334,6 +334,13 @@ def name_regex(pattern: str) -> re.Pattern[str]:
             seen.add(part)
             out.append(rf"(?P<{part}>0|[1-9]\d*)")
     return re.compile("".join(out))
+
+
+def bound(pattern: str, names: Iterable[str]) -> Iterator[tuple[str, dict[str, int]]]:
+    """The names that a pattern matches, each with the numbers in it."""
+    for name, found in ((name, name_regex(pattern).fullmatch(name)) for name in names):
+        if found is not None:
+            yield name, {dim: int(number) for dim, number in found.groupdict().items()}
 
 
 def fill(pattern: str, dims: Mapping[str, int]) -> str:

@@ -154,7 +154,7 @@ def _grouping(sizes: Sizes, heads: list[str], scope: str) -> Iterator[tuple[str,
                 yield groups, (count if groups == "1" else f"{count} // ({groups})"), few, each
 
 
-def _each(total: Values, *parts: Values) -> Values | None:
+def divided(total: Values, *parts: Values) -> Values | None:
     """total / parts, where that leaves no rest anywhere."""
     out = []
     for position, whole in enumerate(total):
@@ -200,13 +200,13 @@ def _separate(module, roles, stock, sizes, heads, view, spare):  # type: ignore[
     q, k, v = roles["q"], roles["k"], roles.get("v")
     taken = {pattern.name for pattern in (q, k, v) if pattern is not None}
     for groups, repeat, few, each in _grouping(sizes, heads, module):
-        d = _each(k.axes[0], few)
-        e = d if v is None else _each(v.axes[0], few)
+        d = divided(k.axes[0], few)
+        e = d if v is None else divided(v.axes[0], few)
         if d is None or e is None:
             continue
         # Beside every head's queries there may be as many rows that gate what it gives.
-        gated = v is not None and d == e and _each(q.axes[0], few, each) == tuple(2 * n for n in d)
-        if not gated and _each(q.axes[0], few, each) != d:
+        gated = v is not None and d == e and divided(q.axes[0], few, each) == tuple(2 * n for n in d)
+        if not gated and divided(q.axes[0], few, each) != d:
             continue
         names = _sizes(
             sizes, module, {"g": (groups, few), "r": (repeat, each), "d": (None, d), "v": (None, e)}
@@ -237,7 +237,7 @@ def _fused(module, pattern, stock, sizes, heads, view, spare):  # type: ignore[n
     for axis in (0, 1):
         for groups, repeat, few, each in _grouping(sizes, heads, module):
             both = tuple(f * (n + 2) for f, n in zip(few, each, strict=True))
-            d = _each(pattern.axes[axis], both)
+            d = divided(pattern.axes[axis], both)
             if d is None:
                 continue
             names = _sizes(

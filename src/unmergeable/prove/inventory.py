@@ -12,7 +12,7 @@ from typing import Any
 
 from ..arithmetic import lookup
 from ..fields import PER_LAYER
-from ..spec import fill, name_regex
+from ..spec import bound, fill
 from .stages import staged
 
 Shape = tuple[int, ...]
@@ -172,7 +172,7 @@ def _layer(stack: str, name: str) -> int | None:
 
 def _layers(name: str, shapes: Mapping[str, Shape]) -> Iterator[int]:
     """The numbers that a pattern's `{l}` has."""
-    return (int(bound["l"]) for bound in map(name_regex(name).fullmatch, shapes) if bound)
+    return (dims["l"] for _, dims in bound(name, shapes))
 
 
 def _numbers(name: str) -> list[int]:

@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from ..spec import Site, Slot
 from .attention import Attention, View
@@ -35,10 +36,10 @@ def value_output(block: Attention) -> Iterator[tuple[Site, ...]]:
     slots = (*block.v.slots(+1), Slot(block.o.weight.name, {block.o.axis: block.o.index}, -1))
     if block.gate is not None:
         for name in ("monomial", "permutation"):
-            yield (_site(block, "vo", dim, ("g",), name, (*slots, *block.gate.slots(0))),)
+            yield (site_of(block, "vo", dim, ("g",), name, (*slots, *block.gate.slots(0))),)
         return
     for name in ("general_linear", "orthogonal", "diagonal", "sign", "scalar", "negation"):
-        yield (_site(block, "vo", dim, ("g",), name, slots),)
+        yield (site_of(block, "vo", dim, ("g",), name, slots),)
 
 
 def query_key(block: Attention, sizes: Sizes) -> Iterator[tuple[Site, ...]]:
@@ -60,7 +61,7 @@ def query_key(block: Attention, sizes: Sizes) -> Iterator[tuple[Site, ...]]:
         ]
         if block.v is None and block.o is not None:  # what reads the values reads keys
             slots += block.o.slots(-1, expand(block.o.index, "d", inner, path))
-        return _site(block, "qk", acts, per, name, slots, **more)
+        return site_of(block, "qk", acts, per, name, slots, **more)
 
     half = sizes_half(block.sizes["d"])
     yield (site("d", ("g",), "general_linear"),)
@@ -137,7 +138,8 @@ def heads(block: Attention, stock: Sequence[Pattern]) -> Iterator[list[Site]]:
         options = [plain]
         options += [(*plain, *more) for more in (counted, wide, (*counted, *wide)) if more]
         sites = [
-            _site(block, "heads", dim, per, "permutation", slots, suffix=f"heads.{dim}") for slots in options
+            site_of(block, "heads", dim, per, "permutation", slots, suffix=f"heads.{dim}")
+            for slots in options
         ]
         yield sites + [replace(site, per=per) for site in sites[1:]]
 
@@ -210,8 +212,8 @@ def _latent(block: Attention) -> Iterator[tuple[Site, ...]]:
                     *block.rotary_k.slots(+1, expand(block.rotary_k.index, "p", inner)),
                 )
                 yield (
-                    _site(block, "qk", "n", ("g",), name, nope, suffix="qk.nope"),
-                    _site(block, "qk", "c", ("a",), rotary, slots, suffix="qk.rotary"),
+                    site_of(block, "qk", "n", ("g",), name, nope, suffix="qk.nope"),
+                    site_of(block, "qk", "c", ("a",), rotary, slots, suffix="qk.rotary"),
                 )
 
 
@@ -239,8 +241,18 @@ def sizes_half(expression: str) -> str:
     return f"({expression}) // 2" if " " in expression else f"{expression} // 2"
 
 
-def _site(
-    block: Attention,
+class Block(Protocol):
+    """What a site is named after, and the sizes of its dims."""
+
+    @property
+    def scope(self) -> str: ...
+
+    @property
+    def sizes(self) -> dict[str, str]: ...
+
+
+def site_of(
+    block: Block,
     kind: str,
     acts: str,
     per: tuple[str, ...],
@@ -250,6 +262,7 @@ def _site(
     suffix: str = "",
     **more: str,
 ) -> Site:
+    """A site of a block, in every layer that its name stands for."""
     used = {dim for slot in slots for index in slot.axes.values() for dim in index.all_dims}
     sizes = {dim: text for dim, text in {**block.sizes, **more}.items() if dim in used or dim == acts}
     in_name = tuple(re.findall(r"\{(\w+)\}", block.scope))

@@ -8,13 +8,14 @@ move along.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..fields import SIZES, STATE_EXPANSION, STATE_GROUPS
 from ..spec import Site, Slot
+from .attention import divided
 from .inventory import Pattern
+from .ladders import site_of
 from .sizes import Sizes
 
 _FIELDS = {
@@ -23,17 +24,29 @@ _FIELDS = {
     "k": "linear_key_head_dim",
     "v": "linear_value_head_dim",
 }
-_CHANNELS = "[g k | g k | g r v]"
-#: How what is read from the residual stream is laid out: {weight: (index string, what its parts are)}.
-_LAYOUTS: tuple[dict[str, tuple[str, str]], ...] = (
+_CHANNELS = ("[g k | g k | g r v]", "kkv")
+_BEHIND = {"conv1d": _CHANNELS, "A_log": ("g r", "h"), "dt_bias": ("g r", "h"), "norm": ("v", "n")}
+#: How a block is laid out: {module or parameter: (index string, what its parts are)}; then comes the output.
+_DELTA: tuple[dict[str, tuple[str, str]], ...] = (
     {
-        "in_proj_qkv": (_CHANNELS, "qkv"),
+        "in_proj_qkv": _CHANNELS,
         "in_proj_z": ("g r v", "v"),
         "in_proj_b": ("g r", "h"),
         "in_proj_a": ("g r", "h"),
+        **_BEHIND,
     },
-    {"in_proj_qkvz": ("g [k | k | r v | r v]", "qkvv"), "in_proj_ba": ("g [r | r]", "hh")},
+    {"in_proj_qkvz": ("g [k | k | r v | r v]", "kkvv"), "in_proj_ba": ("g [r | r]", "hh"), **_BEHIND},
 )
+_STATES: dict[str, tuple[str, str]] = {
+    "in_proj": ("[g r v | g r v | g k | g k | g r]", "vvkkh"),
+    "conv1d": ("[g r v | g k | g k]", "vkk"),
+    "norm": ("g r v", "v"),
+    "A_log": ("g r", "h"),
+    "D": ("g r", "h"),
+    "dt_bias": ("g r", "h"),
+}
+_BARE = frozenset(["A_log", "D", "dt_bias"])  # parameters of the block itself
+_OPTIONAL = frozenset(["norm", "D", "dt_bias"])
 
 
 @dataclass(frozen=True)
@@ -56,38 +69,30 @@ class Linear:
 
     def inner(self) -> Iterator[Site]:
         """Coordinates of keys, by head, and of values, of all heads alike."""
-        yield self._site("qk", "qk", "k", ("g",), self.keys)
-        yield self._site("vo", "vo", "v", () if self.norms else ("g", "r"), (*self.values, *self.norms))
+        yield site_of(self, "qk", "k", ("g",), "permutation", self.keys)
+        per = () if self.norms else ("g", "r")
+        yield site_of(self, "vo", "v", per, "permutation", (*self.values, *self.norms))
 
     def outer(self) -> Iterator[Site]:
         """Value heads of one key, and key heads."""
-        yield self._site("heads.r", "heads", "r", ("g",), (*self.values, *self.heads))
-        yield self._site("heads.g", "heads", "g", (), (*self.keys, *self.values, *self.heads))
-
-    def _site(self, name: str, kind: str, acts: str, per: tuple[str, ...], slots: Sequence[Slot]) -> Site:
-        used = {dim for slot in slots for index in slot.axes.values() for dim in index.all_dims}
-        sizes = {dim: text for dim, text in self.sizes.items() if dim in used}
-        in_name = tuple(re.findall(r"\{(\w+)\}", self.scope))
-        return Site(f"{self.scope}.{name}", kind, acts, (*in_name, *per), "permutation", sizes, tuple(slots))
+        own = (*self.values, *self.heads)
+        yield site_of(self, "heads", "r", ("g",), "permutation", own, suffix="heads.r")
+        yield site_of(self, "heads", "g", (), "permutation", (*self.keys, *own), suffix="heads.g")
 
 
 def find_linear(stock: Sequence[Pattern], sizes: Sizes) -> Iterator[Linear]:
     """Blocks with a convolution of queries, keys and values, and all that a layout of names has."""
     known = {pattern.name: pattern for pattern in stock}
     for scope in (name.removesuffix(".conv1d.weight") for name in known if name.endswith(".conv1d.weight")):
-        if all(f"{scope}.{name}" in known for name in ("in_proj.weight", "out_proj.weight", "A_log")):
-            fields = _state_fields(scope, known, sizes)
-            if fields is not None:
-                yield _states(scope, known, fields)
-        for layout in _LAYOUTS:
-            wanted = {*layout, "conv1d", "out_proj", "norm"}
-            if all(f"{scope}.{name}.weight" in known for name in wanted):
-                fields = _fields(sizes, known[f"{scope}.conv1d.weight"])
+        for layout, fields_of in ((_STATES, _state_fields), *((layout, _fields) for layout in _DELTA)):
+            needed = {*layout, "out_proj"} - _OPTIONAL
+            if all(_tensors(scope, name)[0] in known for name in needed):
+                fields = fields_of(scope, known, sizes)
                 if fields is not None:
                     yield _block(scope, layout, known, fields)
 
 
-def _fields(sizes: Sizes, convolution: Pattern) -> dict[str, str] | None:
+def _fields(scope: str, known: Mapping[str, Pattern], sizes: Sizes) -> dict[str, str] | None:
     """Expressions for the dims, of fields beside each other that give the channels of the convolution."""
     starts = [path.removesuffix(_FIELDS["g"]) for path in sizes.fields if path.endswith(_FIELDS["g"])]
     for names in ({dim: start + leaf for dim, leaf in _FIELDS.items()} for start in starts):
@@ -95,31 +100,13 @@ def _fields(sizes: Sizes, convolution: Pattern) -> dict[str, str] | None:
         if len(found) < len(names):
             continue
         channels = tuple(2 * g * k + h * v for g, h, k, v in zip(*found, strict=True))
-        if channels == convolution.axes[0]:
+        if channels == known[f"{scope}.conv1d.weight"].axes[0]:
             key_heads, value_heads = names["g"], names["h"]
             return {"g": key_heads, "r": f"{value_heads} // ({key_heads})", "k": names["k"], "v": names["v"]}
     return None
 
 
-def _block(
-    scope: str, layout: dict[str, tuple[str, str]], known: dict[str, Pattern], sizes: dict[str, str]
-) -> Linear:
-    parts: dict[str, list[Slot]] = {"k": [], "v": [], "h": [], "n": []}
-    every = {**layout, "conv1d": (_CHANNELS, "qkv")}
-    for name, (index, kinds) in every.items():
-        for leaf in ("weight", "bias"):
-            if (tensor := f"{scope}.{name}.{leaf}") not in known:
-                continue
-            for place, kind in enumerate(kinds):
-                text = f"{index}.{place}" if "[" in index else index
-                parts["k" if kind == "q" else kind].append(Slot(tensor, {0: text}))
-    parts["h"] += [Slot(f"{scope}.{name}", {0: "g r"}) for name in ("A_log", "dt_bias")]
-    parts["n"].append(Slot(f"{scope}.norm.weight", {0: "v"}))
-    parts["v"].append(Slot(f"{scope}.out_proj.weight", {1: "g r v"}))
-    return Linear(scope, sizes, *(tuple(parts[kind]) for kind in "kvhn"))
-
-
-def _state_fields(scope: str, known: dict[str, Pattern], sizes: Sizes) -> dict[str, str] | None:
+def _state_fields(scope: str, known: Mapping[str, Pattern], sizes: Sizes) -> dict[str, str] | None:
     """Expressions for the dims of a state space, of fields by their role: small sizes are alike by chance."""
     rows, channels, inner, heads = (
         known[f"{scope}.{name}"].axes[axis]
@@ -142,42 +129,31 @@ def _state_fields(scope: str, known: dict[str, Pattern], sizes: Sizes) -> dict[s
     count = first(heads, *named["state_heads"])
     group = next((path for path in sizes.fields if path.rpartition(".")[2] in STATE_GROUPS), None)
     groups = sizes.values(group) if group is not None else None
-    if count is None or group is None or groups is None or _parts(heads, groups) is None:
+    if count is None or group is None or groups is None or sizes.values(f"{count} // ({group})") is None:
         return None
     # A class may work out the size of a head, from a width that is said or a multiple of the residual one.
     widths = [*named["state_width"], f"{STATE_EXPANSION} * hidden_size"]
-    k = first(_parts(both, groups, 2), *named["state_dim"])
-    v = first(_parts(inner, heads), *named["state_head_dim"], *(f"{width} // ({count})" for width in widths))
+    k = first(divided(both, groups, (2,) * len(both)), *named["state_dim"])
+    v = first(divided(inner, heads), *named["state_head_dim"], *(f"{width} // ({count})" for width in widths))
     if k is None or v is None:
         return None
     return {"g": group, "r": f"{count} // ({group})", "k": k, "v": v}
 
 
-def _parts(whole: Sequence[int], counts: Sequence[int], twice: int = 1) -> tuple[int, ...] | None:
-    """whole / (counts · twice), where that leaves no rest anywhere."""
-    pairs = [(a, b * twice) for a, b in zip(whole, counts, strict=True)]
-    return None if any(a % b for a, b in pairs) else tuple(a // b for a, b in pairs)
+def _tensors(scope: str, name: str) -> tuple[str, ...]:
+    """Patterns of a module's or parameter's tensors, of which the first has to be there."""
+    whole = f"{scope}.{name}"
+    return (whole,) if name in _BARE else (f"{whole}.weight", f"{whole}.bias")
 
 
-def _states(scope: str, known: dict[str, Pattern], sizes: dict[str, str]) -> Linear:
-    def slots(name: str, index: str, *places: int) -> Iterator[Slot]:
-        for leaf in (".weight", ".bias", ""):
-            if f"{scope}.{name}{leaf}" in known:
-                for place in places:
-                    yield Slot(f"{scope}.{name}{leaf}", {0: f"{index}.{place}"})
-                if not places:
-                    yield Slot(f"{scope}.{name}{leaf}", {0: index})
-
-    read, channels = "[g r v | g r v | g k | g k | g r]", "[g r v | g k | g k]"
-    out = Slot(f"{scope}.out_proj.weight", {1: "g r v"})
-    return Linear(
-        scope,
-        sizes,
-        keys=(*slots("in_proj", read, 2, 3), *slots("conv1d", channels, 1, 2)),
-        values=(*slots("in_proj", read, 0, 1), *slots("conv1d", channels, 0), *slots("norm", "g r v"), out),
-        heads=(
-            *slots("in_proj", read, 4),
-            *(one for name in ("A_log", "D", "dt_bias") for one in slots(name, "g r")),
-        ),
-        norms=(),
-    )
+def _block(
+    scope: str, layout: Mapping[str, tuple[str, str]], known: Mapping[str, Pattern], sizes: dict[str, str]
+) -> Linear:
+    parts: dict[str, list[Slot]] = {kind: [] for kind in "kvhn"}
+    for name, (index, kinds) in layout.items():
+        for tensor in _tensors(scope, name):
+            if tensor in known:
+                for place, kind in enumerate(kinds):
+                    parts[kind].append(Slot(tensor, {0: f"{index}.{place}" if "[" in index else index}))
+    parts["v"].append(Slot(f"{scope}.out_proj.weight", {1: "g r v"}))
+    return Linear(scope, sizes, *(tuple(parts[kind]) for kind in "kvhn"))

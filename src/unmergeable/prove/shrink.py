@@ -287,7 +287,7 @@ def _states(node: Config, by_role: dict[str, list[str]], shape: int) -> None:
     for name in by_role.get("state_chunk", []):
         node[name] = (8, 16)[shape]  # a short text has several
     own = by_role.get("state_width", [])
-    count, width = groups * (2, 3)[shape], groups * (12, 12)[shape]
+    count, width = groups * (2, 3)[shape], groups * 12
     if STATE_EXPANSION in node and not own:
         width = node[STATE_EXPANSION] * node["hidden_size"]
         count = next((groups * k for k in (4, 3, 2) if width % (groups * k) == 0), groups)

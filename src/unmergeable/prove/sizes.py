@@ -57,10 +57,7 @@ class Sizes:
 
     def of(self, kind: str) -> Sizes:
         """The same for layers of one kind, `layer_types=sliding_attention`."""
-        path, _, entry = kind.partition("=")
-        return Sizes(
-            *([of_kind(config, path, entry) for config in each] for each in (self.configs, self.written))
-        )
+        return Sizes(*([of_kind(config, kind) for config in each] for each in (self.configs, self.written)))
 
     @staticmethod
     def _either(path: str) -> str:
