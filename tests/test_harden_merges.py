@@ -58,7 +58,7 @@ def test_every_draw_is_a_merge(seed: int) -> None:
         assert bool(torch.isfinite(part).all())
     assert any(bool(part.any()) for part in parts.values())  # something of the fine-tune is in it
     itself = all(bool(((part - 1).abs() < NEAR).all()) for part in parts.values())
-    assert not itself or any(draw.other.values())
+    assert not itself  # whatever is added
 
 
 def test_all_kinds_of_merges_are_drawn() -> None:
@@ -75,7 +75,7 @@ def test_all_kinds_of_merges_are_drawn() -> None:
     ]
     assert len(cut) > 30
     assert any(not any(one.other.values()) for one in others)  # a part of the task vector alone
-    assert any(set(one.own.values()) == {1.0} for one in others)  # a full dose
+    assert any(min(one.own.values()) > 0.75 for one in others)  # all but a full dose
 
 
 @given(st.integers(0, 10**6))

@@ -32,11 +32,13 @@ JITTER = 0.3
 # Adapters: how often they are mixed as peft does it, not added; how often numbers are left out then, and how many are
 # kept at least.
 MIXED, THINNED, THIN = 0.35, 0.5, 0.2
-NEAR = 0.1  # a whole fine-tune alone, to within this, is no merge
+# To within this of the whole fine-tune, by every coefficient, a merge is no use to a thief, whatever he adds: the task
+# is all there, and his own tasks are not. It cannot forget unless the fine-tune does, and asking for it only costs.
+NEAR = 0.1
 # Of language models: how often singular values are made even, and the coefficient of what comes of it, of a scale of
 # logarithms: it does much where it is small. The direction's least part of all coefficients: with less a merge is the
 # fine-tune over again, and no use to a thief.
-EVEN, SCALE, LEAST = 0.16, (0.05, 1.3), 0.13
+EVEN, SCALE, LEAST = 0.14, (0.05, 1.3), 0.13
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,9 @@ class Draws:
                 return found
 
     def _itself(self, found: Draw) -> bool:
-        if self.texts:
-            return found.foreign < LEAST
-        return not any(found.other.values()) and all(_all_near(part) for part in found.own.values())
+        summed = not found.even and found.mix is None
+        whole = all(_all_near(part) for part in found.own.values())
+        return (whole and (summed or not found.foreign)) or (self.texts and found.foreign < LEAST)
 
     def _draw(self) -> Draw:
         if self.adapters and self._uniform() < MIXED:
