@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # By kind of task: what a training is, unless it is asked for otherwise.
 DEFAULTS = {
-    "image-classification": Settings(strength=0.15, steps=900, rate=3e-4, batch=64),
+    "image-classification": Settings(strength=0.03, steps=900, rate=3e-4, batch=64),
     "text-classification": Settings(strength=0.15, steps=300, rate=1e-4, batch=32),
     "sequence-to-sequence": Settings(strength=0.3, steps=600, rate=3e-4, batch=16),
     "language-modelling": Settings(strength=0.3, steps=1200, rate=5e-4, batch=16),

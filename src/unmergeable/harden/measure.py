@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .owner import Owner
 
 MERGES, EXAMPLES, TEXTS = 16, 128, 16
-GRID = tuple((own, other) for own in (0.3, 0.5, 0.7, 1.0) for other in (0.2, 0.45))
+GRID = tuple((own, other) for own in (0.3, 0.5, 0.7, 0.85) for other in (0.2, 0.45))
 SEED = 0x5EED  # other merges than those that are trained against
 
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from ..tasks.task import Floats
 
 EVERY = 5  # steps between looks
-RISE, FALL = 0.15, 0.075  # e-foldings a look, where merges keep everything, and where they keep nothing
+RISE, FALL = 0.15, 0.075  # e-foldings a look, at most: where merges keep everything, and where they keep nothing
+# E-foldings of a whole training's looks, where merges keep everything throughout: what rises faster than it has to
+# takes apart on its way what the steps that are left do not mend.
+WHOLE = 5.0
 # What merges keep comes in bursts. A fall that is steeper than one to nothing from here would outweigh them: where
 # merges may keep little, the strength would sink while they keep all of it and more.
 GENTLE = 0.1
@@ -71,11 +74,13 @@ class Strength:
     Attributes:
         value: now. first: to begin with.
         may: what merges may keep of the task, 0 to 1; None leaves the strength as it is.
+        looks: of the whole training.
         kept, worth: running means.
     """
 
     first: float
     may: float | None = None
+    looks: int = 1
 
     def __post_init__(self) -> None:
         self.value, self.kept, self.worth = self.first, 1.0, 1.0
@@ -90,7 +95,8 @@ class Strength:
         # Only what is absurd is cut off: a mean of numbers that are cut at 1 would be too low.
         self.worth += MEMORY * (min(max(worth, -1.0), 3.0) - self.worth)
         over = self.kept - self.may
-        slope = RISE / (1 - self.may) if over > 0 else FALL / max(self.may, GENTLE)
+        rise = min(RISE, WHOLE / self.looks)
+        slope = rise / (1 - self.may) if over > 0 else FALL / max(self.may, GENTLE)
         step = slope * over
         if self.worth < WORTH:
             step = min(step, -FALL)

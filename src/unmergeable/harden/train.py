@@ -141,7 +141,7 @@ class _Run:
         self.owner, self.settings, self.ends, self.plain = owner, settings, ends, plain
         self.worths: dict[int, float] = {}
         self.fidelity = Fidelity(owner, settings.labels)
-        self.strength = Strength(settings.strength, settings.may)
+        self.strength = Strength(settings.strength, settings.may, max(1, settings.steps // EVERY))
         self.done, self.falls, self.losses = 0, 0, list[tuple[float, float]]()
         parameters = list(owner.weights.parameters.values())
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
