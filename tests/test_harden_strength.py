@@ -22,7 +22,7 @@ from unmergeable.harden import strength as strength_module
 from unmergeable.harden import train as train_module
 from unmergeable.harden.defaults import MAY
 from unmergeable.harden.objectives import Plain, Trap
-from unmergeable.harden.strength import WIDEST, Ends, Strength
+from unmergeable.harden.strength import WHOLE, WIDEST, Ends, Strength
 from unmergeable.merging.tensors import load_state
 from unmergeable.tasks.task import TensorTask
 
@@ -69,16 +69,31 @@ def test_it_does_not_rise_at_the_cost_of_the_fine_tune() -> None:
 
 
 @pytest.mark.parametrize("may", [0.02, 0.05, 0.1, 0.3])
-def test_bursts_do_not_lower_it(may: float) -> None:
+@pytest.mark.parametrize("looks", [1, 240])
+def test_bursts_do_not_lower_it(may: float, looks: int) -> None:
     """Some merges keep everything and most keep nothing: on average half as much again as they may."""
     random = np.random.default_rng(0)
     found = []
     for _ in range(20):
-        strength = Strength(0.3, may)
+        strength = Strength(0.3, may, looks)
         for _ in range(120):
             strength.follow((random.random(2) < 1.5 * may).astype(float), 1.0)
         found.append(strength.value)
     assert np.exp(np.mean(np.log(found))) > 0.3
+
+
+@pytest.mark.parametrize("looks", [60, 180, 600])
+def test_a_long_training_rises_as_far_as_a_short_one(looks: int) -> None:
+    strength = Strength(0.1, 0.2, looks)
+    for _ in range(looks):
+        strength.follow([0.5], 1.0)  # three eighths of the way from what they may keep to all
+    # The running mean begins at 1: the first few looks take it for more, by half a look's at most and so many looks.
+    more = 0.5 / (1 - 0.2) * 4 * WHOLE / looks
+    assert 3 / 8 * WHOLE <= np.log(strength.value / 0.1) <= 3 / 8 * WHOLE + more + 1e-9
+    high = strength.value
+    for _ in range(looks):
+        strength.follow([0.1], 1.0)
+    assert -WHOLE / 4 <= np.log(strength.value / high) <= -WHOLE / 4 * (1 - 20 / looks)
 
 
 def test_at_its_bound_it_says_so() -> None:
@@ -203,7 +218,6 @@ def test_looking_changes_nothing_but_the_strength(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strength_module, "RISE", 0.0)
-    monkeypatch.setattr(strength_module, "FALL", 0.0)
     harden(models, tmp_path / "followed", steps=12, strength=0.3, may=0.2)
     harden(models, tmp_path / "fixed", steps=12, strength=0.3)
     one, two = (load_state(tmp_path / name) for name in ("followed", "fixed"))

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from ..tasks.task import Floats
 
 EVERY = 5  # steps between looks
-RISE, FALL = 0.15, 0.075  # e-foldings a look, at most: where merges keep everything, and where they keep nothing
+RISE = (
+    0.15  # e-foldings a look, at most, where merges keep everything; half of it down, where they keep nothing
+)
 # E-foldings of a whole training's looks, where merges keep everything throughout: what rises faster than it has to
 # takes apart on its way what the steps that are left do not mend.
 WHOLE = 5.0
@@ -96,10 +98,10 @@ class Strength:
         self.worth += MEMORY * (min(max(worth, -1.0), 3.0) - self.worth)
         over = self.kept - self.may
         rise = min(RISE, WHOLE / self.looks)
-        slope = rise / (1 - self.may) if over > 0 else FALL / max(self.may, GENTLE)
+        slope = rise / (1 - self.may) if over > 0 else rise / 2 / max(self.may, GENTLE)
         step = slope * over
         if self.worth < WORTH:
-            step = min(step, -FALL)
+            step = min(step, -rise / 2)
         changed = self.value * math.exp(step)
         self.value = min(max(changed, self.first / WIDEST), self.first * WIDEST)
 
