@@ -48,6 +48,7 @@ from harden_cases import (
     training,
 )
 from harden_peft import merges
+from harden_records import EDITION
 from parallel import Job, run
 from unmergeable.audit.bench import pick_device
 from unmergeable.audit.suite import access
@@ -337,8 +338,8 @@ def keep(record: Path, args: argparse.Namespace) -> None:
             next(given)
         else:
             command.append(places.get(one, one))
-    head = json.dumps({"name": "about", "kind": "about", "text": args.about, "command": " ".join(command)})
-    text = head + "\n" + record.read_text(encoding="utf-8")
+    about = {"name": "about", "kind": "about", "text": args.about, "command": " ".join(command)}
+    text = json.dumps({**about, "edition": EDITION}) + "\n" + record.read_text(encoding="utf-8")
     (KEPT / f"{args.keep}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 

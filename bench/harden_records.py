@@ -9,6 +9,10 @@ from audits_text import number
 
 Record = Mapping[str, Any]
 
+# Of what is trained: it is raised when the same command makes another model. 2: no simulated merge is the whole
+# fine-tune with something added, and the strength rises slowly.
+EDITION = 2
+
 
 def audits_to(records: Iterable[Any], *tops: int) -> list[Any]:
     """Audits up to these levels of access."""
@@ -21,6 +25,11 @@ def model_key(record: Record) -> tuple[Any, ...]:
     from harden_cases import LOCKED
 
     return (*(record[name] for name in ("source", "case", "seed")), record["variant"].removesuffix(LOCKED))
+
+
+def editions_of(records: Iterable[Any]) -> dict[str, int]:
+    """By run."""
+    return {record["source"]: record.get("edition", 1) for record in records if record["kind"] == "about"}
 
 
 def trainings_of(records: Iterable[Any]) -> dict[tuple[Any, ...], Any]:

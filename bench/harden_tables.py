@@ -10,10 +10,12 @@ from typing import Any
 from audits_text import flowing, level_of, number, page, share, table
 from harden_costs import alone, effect, prices, steps
 from harden_records import (
+    EDITION,
     Record,
     audits_to,
     chains,
     change_text,
+    editions_of,
     gain_of,
     is_trained,
     joint_of,
@@ -66,7 +68,9 @@ def section(kept: Path) -> str:
     }
     return page(
         HEAD,
-        "\n".join(f"- `{one['source']}`: {one['text']}\n\n      {one['command']}\n" for one in abouts),
+        "\n".join(
+            f"- `{one['source']}`{_edition(one)}: {one['text']}\n\n      {one['command']}\n" for one in abouts
+        ),
         bars(records),
         labels(records),
         ideas(records),
@@ -78,6 +82,11 @@ def section(kept: Path) -> str:
         *(effect(one, records) for one in effects),
         page("### What others publish", table(("work", "models", "published, not measured here"), PUBLISHED)),
     )
+
+
+def _edition(about: Record) -> str:
+    number = about.get("edition", 1)
+    return "" if number == EDITION else f" (edition {number})"
 
 
 def bars(records: list[Any]) -> str:
@@ -351,13 +360,13 @@ def _defaults(records: list[Any]) -> str:
 
     def alike(record: Any, trained: Any) -> bool:
         kind = kinds.get(record["variant"])
-        if kind is None or trained is None:
+        if kind is None or trained is None or editions[record["source"]] != EDITION:
             return False
         may = MAY if kind == "image-classification" else MAY_TEXT
         own = recipe(kind, record["case"].startswith("lora-"))
         return trained["report"].get("may") == may and recipe_of(trained) == own
 
-    trainings = trainings_of(records)
+    trainings, editions = trainings_of(records), editions_of(records)
     found = dict.fromkeys(
         f"{record['case']} ({record['source']})"
         for record in audits_to(records, 1, 2, 3)
