@@ -23,7 +23,7 @@ By itself `harden` has the objective of `mined+collapse+kindred` for images, wit
 `mined` for text, with {texts} (adapters: {adapters}). Audits of both, objective and recipe: {found}.{other}
 """
 OTHER_RECIPE = """
-None is of the measuring ViT (`images`): its bars are of another recipe, or of another objective.
+None is of the measuring ViT (`images`): its bars are of another recipe, objective or edition, or merges might keep .1.
 """
 ROTATION = """
 Who is protected from whom. Hardening sees the owner's stand-in, never the thief's own:

@@ -53,7 +53,7 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "--may", metavar="PART", type=float,
-        help="what simulated merges may keep of the task, 0 to 1: the strength follows (0.1, 0.02 for language "
+        help="what simulated merges may keep of the task, 0 to 1: the strength follows (0.03, 0.02 for language "
         "models, unless --strength or --max-loss is given)",
     )  # fmt: skip
     parser.add_argument(
