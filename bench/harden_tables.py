@@ -60,7 +60,7 @@ def section(kept: Path) -> str:
     records = [{**record, "source": source} for source, found in sources.items() for record in found]
     if not records:
         return ""
-    abouts = [record for record in records if record["kind"] == "about"]
+    abouts, editions = [record for record in records if record["kind"] == "about"], editions_of(records)
     effects = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("effects-*.json"))]
     priced = {
         path.stem.removeprefix("price-"): json.loads(path.read_text(encoding="utf-8"))
@@ -69,7 +69,8 @@ def section(kept: Path) -> str:
     return page(
         HEAD,
         "\n".join(
-            f"- `{one['source']}`{_edition(one)}: {one['text']}\n\n      {one['command']}\n" for one in abouts
+            f"- `{one['source']}`{_marked(editions[one['source']])}: {one['text']}\n\n      {one['command']}\n"
+            for one in abouts
         ),
         bars(records),
         labels(records),
@@ -84,9 +85,8 @@ def section(kept: Path) -> str:
     )
 
 
-def _edition(about: Record) -> str:
-    number = about.get("edition", 1)
-    return "" if number == EDITION else f" (edition {number})"
+def _marked(edition: int) -> str:
+    return "" if edition == EDITION else f" (edition {edition})"
 
 
 def bars(records: list[Any]) -> str:

@@ -110,8 +110,8 @@ class Draws:
 
     def _itself(self, found: Draw) -> bool:
         summed = not found.even and found.mix is None
-        whole = all(_all_near(part) for part in found.own.values())
-        return (whole and (summed or not found.foreign)) or (self.texts and found.foreign < LEAST)
+        whole = summed and all(map(_all_near, found.own.values()))
+        return whole or (self.texts and found.foreign < LEAST)
 
     def _draw(self) -> Draw:
         if self.adapters and self._uniform() < MIXED:

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from ..tasks.task import Floats
 
 EVERY = 5  # steps between looks
-RISE = (
-    0.15  # e-foldings a look, at most, where merges keep everything; half of it down, where they keep nothing
-)
+# E-foldings a look, at most, where merges keep everything; half of it down, where they keep nothing.
+RISE = 0.15
 # E-foldings of a whole training's looks, where merges keep everything throughout: what rises faster than it has to
 # takes apart on its way what the steps that are left do not mend.
 WHOLE = 5.0
