@@ -64,12 +64,12 @@ def steps(found: Mapping[str, Any]) -> str:
             (
                 row["case"], f"`{row['objective']}`", row["batch"],
                 *(f"{seconds:.2f} s" for seconds in (*full, *half)), number(full[1] / full[0], 1),
-                number(half[1] / full[1]),
+                number(half[1] / full[1]), number(row["seconds"]["plain, bf16, attention too"] / half[0]),
             )
         )  # fmt: skip
     header = (
         "model", "objective", "batch", "plain, fp32", "hardened, fp32", "plain, bf16", "hardened, bf16",
-        "hardened / plain", "bf16 / fp32",
+        "hardened / plain", "bf16 / fp32", "attention in bf16 too / not",
     )  # fmt: skip
     about = flowing(STEPS.format(machine=found["machine"], rounds=found["rounds"]))
     return page("### A step on a CPU", about, table(header, lines))

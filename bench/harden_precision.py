@@ -2,8 +2,9 @@
 
     python bench/harden_precision.py --zoo PATH --keep
 
-Passes forward and backward alone, in CPU seconds of one thread: the median of rounds in which all four are taken in
-turn. A CPU without bfloat16 arithmetic is slower with it.
+Passes forward and backward alone, in CPU seconds of one thread: the median of rounds in which all are taken in turn. A
+CPU without bfloat16 arithmetic is slower with it. "attention too" is a plain step with attention in bfloat16 as well,
+where `harden` has it in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,12 +23,14 @@ from typing import Any
 import torch
 
 from harden_cases import cases, opened, paths
+from unmergeable.harden.attention import attending
 from unmergeable.harden.defaults import OBJECTIVE
 from unmergeable.harden.wrapper import Hardening
 from unmergeable.stock import load_module
 
 CASES = {"embedded-fashion": 64, "images-cyr": 64, "text-c": 16}  # and the examples in a batch, as by default
 ROUNDS = 9
+TOO = "bf16, attention too"
 KEPT = Path(__file__).parent / "harden" / "precision.json"
 
 
@@ -57,23 +62,30 @@ def timed(case: Any, size: int, zoo: Path, work: Path) -> dict[str, Any]:
     hardening = Hardening(module, base, objective, proxies=[models[case.proxy]])
     batch = opened(case, zoo, models[case.protected]).evaluation[torch.arange(size)]
     inputs = {**batch.inputs, "labels": batch.inputs["input_ids"] if text else batch.labels}
+    device = torch.device("cpu")
+    kinds: dict[str, tuple[bool, Callable[..., Any]]] = {
+        "fp32": (False, nullcontext),
+        "bf16": (True, attending),
+        TOO: (True, nullcontext),
+    }
     spent: dict[str, list[float]] = {}
     for number in range(ROUNDS + 1):
         for way in ("plain", "hardened"):
-            for half in (False, True):
+            for kind, (half, attention) in kinds.items():
+                if (way, kind) == ("hardened", TOO):
+                    continue  # what hardening adds has it in float32 by itself
                 began = time.process_time()
-                hardening.begin(number)  # the same merges in both precisions
-                with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    loss = module(**inputs).loss
-                loss.backward()
-                if way == "hardened":
+                hardening.begin(number)  # the same merges in all of them
+                with attention(device):
                     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                        hardening.backward(inputs)
+                        loss = module(**inputs).loss
+                    loss.backward()
+                    if way == "hardened":
+                        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                            hardening.backward(inputs)
                 module.zero_grad()
                 if number:  # the first round warms up
-                    spent.setdefault(f"{way}, {'bf16' if half else 'fp32'}", []).append(
-                        time.process_time() - began
-                    )
+                    spent.setdefault(f"{way}, {kind}", []).append(time.process_time() - began)
     seconds = {name: median(found) for name, found in spent.items()}
     return {"case": case.name, "objective": objective, "batch": size, "seconds": seconds}
 

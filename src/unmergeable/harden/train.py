@@ -16,6 +16,7 @@ import torch
 
 from ..checkpoint import replacing
 from ..errors import InputError, RunError
+from .attention import attending
 from .directions import Directions
 from .fidelity import Fidelity
 from .merged import freeze_statistics, modes_kept
@@ -91,7 +92,7 @@ def train(
     run = _Run(owner, objective, settings, ends, plain or {})
     run.resume(folder)
     good, parameters = run.state(run.passing()), list(owner.weights.parameters.values())
-    with modes_kept(owner.module):
+    with attending(owner.device), modes_kept(owner.module):
         owner.module.train()
         freeze_statistics(owner.module)
         while True:

@@ -24,6 +24,7 @@ from ..merging.tensors import rename_like, split
 from ..merging.vectors import is_adapter, load_adapter
 from ..stock import load_module, module_state
 from ..tasks.task import IGNORED, Call, Examples, cross_entropy, hidden_states
+from .attention import attending
 from .directions import Directions, check_made, check_proxy
 from .draws import Draws
 from .lora import LoraWeights, inner
@@ -152,7 +153,7 @@ class Hardening:
         for one in rest_of_all:
             one.requires_grad_(False)
         try:
-            with modes_kept(self.model):
+            with attending(labels.device), modes_kept(self.model):
                 freeze_statistics(self.model)
                 return self.objective.add(step, self.strength)
         finally:
