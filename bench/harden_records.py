@@ -10,9 +10,9 @@ from audits_text import number
 Record = Mapping[str, Any]
 
 # Of what is trained: it is raised when the same command makes another model. 2: no simulated merge is the whole
-# fine-tune with something added, and the strength rises slowly. 3: nor is one all but the fine-tune, or all but without
-# it, and the fine-tune as it was stands in for a thief's with part of its task vector.
-EDITION = 3
+# fine-tune with something added, and the strength rises slowly. 3: nor is one all but the fine-tune, or with less than
+# a tenth of it, and kindred has six tenths of the fine-tune as it was. 4: all of it again, and .03 for the tenth.
+EDITION = 4
 
 
 def audits_to(records: Iterable[Any], *tops: int) -> list[Any]:

@@ -19,7 +19,6 @@ import torch
 
 from harden_cases import IMAGES, Case, cases, paths, tensors
 from unmergeable.harden.directions import Directions
-from unmergeable.harden.objectives import Kindred
 from unmergeable.merging.blocks import layout
 from unmergeable.stock import load_module, module_state
 from zoo_tables import HEAD
@@ -74,8 +73,7 @@ def measured(case: Case, zoo: Path, model: Path | None) -> list[tuple[str, tuple
         "noise": Directions([], ("random",), 0).draw(vector),
         f"{case.proxy}, the owner's": vectors[case.proxy],
         **{f"{name}, a thief's": vectors[name] for name in case.own},
-        "the fine-tune as it was": (whole := {name: kept[name] - base[name] for name in shared}),
-        "so much of it as `kindred` has": {name: Kindred().akin * one for name, one in whole.items()},
+        "the fine-tune as it was": {name: kept[name] - base[name] for name in shared},
         "both of the thief's": {key: sum(vectors[name][key] for name in case.own) for key in shared},
     }
     low = score({}, block=False)

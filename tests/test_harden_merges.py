@@ -70,7 +70,7 @@ def test_what_is_all_but_the_fine_tune_or_without_it_is_drawn_again(texts: bool)
     for draw in [*(draws.draw() for _ in range(300)), *(draws.again() for _ in range(100))]:
         if not draw.even:
             most = torch.as_tensor(draw.own["layers.0.w"])
-            assert float(most.mean()) > 0.04
+            assert float(most.mean()) > 0.01
             assert float(((most - 1).abs() < NEAR).float().mean()) < 0.96
 
 
@@ -117,15 +117,6 @@ def test_merges_of_parts_have_the_rest_from_elsewhere() -> None:
         assert low
         assert len({draw.other[name] for name in low}) == 1
         assert 0.2 <= draw.other[low[0]] <= 0.8
-
-
-def test_less_can_be_added() -> None:
-    draw = Draws(SHAPES, 0).again()
-    less = draw.adding(0.5)
-    assert less.own == draw.own
-    assert less.parts
-    assert less.other == {name: 0.5 * part for name, part in draw.other.items()}
-    assert any(less.other.values())
 
 
 def test_draws_can_be_had_again() -> None:

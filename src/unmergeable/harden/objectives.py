@@ -168,12 +168,10 @@ class Kindred:
     fine-tune on something else stands in for that. The fine-tune as it was does: nothing is more akin.
 
     part: of the batch that the merge sees. among: he takes the best of so many choices of blocks and kinds of tensors.
-    akin: how much of a thief's fine-tune it stands for; it knows far more of the task than anything that is akin.
     """
 
     part: float = 0.5
     among: int = 4
-    akin: float = 0.6
     before = True
     name = "kindred"
     source = "this package, as the trap"
@@ -183,8 +181,8 @@ class Kindred:
         size = max(1, round(self.part * len(step.batch)))
         start = int(torch.randint(len(step.batch) - size + 1, (), generator=step.draws.generator))
         part = step.part(start, start + size)
-        draws = [step.draws.again().adding(self.akin) for _ in range(self.among)]
-        return _forgotten(part, _best(part, draws, step.before), step.before, strength)
+        draw = _best(part, [step.draws.again() for _ in range(self.among)], step.before)
+        return _forgotten(part, draw, step.before, strength)
 
 
 @dataclass(frozen=True)
