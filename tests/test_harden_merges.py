@@ -65,12 +65,12 @@ def test_every_draw_is_a_merge(seed: int) -> None:
 @pytest.mark.parametrize("texts", [False, True])
 def test_what_is_all_but_the_fine_tune_or_without_it_is_drawn_again(texts: bool) -> None:
     """Of a model that is nearly all in one block: with that block, or without it, it does not matter what is added."""
-    sizes = {"layers.0.w": 2000, "layers.1.w": 60, "layers.2.w": 60}
+    sizes = {"layers.0.w": 2000, "layers.1.w": 20, "layers.2.w": 20}
     draws = Draws({name: torch.Size((size, 1)) for name, size in sizes.items()}, 0, texts=texts)
     for draw in [*(draws.draw() for _ in range(300)), *(draws.again() for _ in range(100))]:
         if not draw.even:
             most = torch.as_tensor(draw.own["layers.0.w"])
-            assert float(most.mean()) > 0.01
+            assert float(most.mean()) > 0.004
             assert float(((most - 1).abs() < NEAR).float().mean()) < 0.96
 
 
