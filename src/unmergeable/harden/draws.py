@@ -37,8 +37,7 @@ MIXED, THINNED, THIN = 0.35, 0.5, 0.2
 # it only costs.
 MOSTLY, NEAR = 0.9, 0.1
 # The least mean coefficient of the fine-tune: with less of it in a merge, what knows the task is the thief's own, or
-# what stands in for it, and no training of the fine-tune changes that. A few matrices of one block are more: with a
-# tenth as the least, a thief whose tasks are akin got .40 by most of the last one.
+# what stands in for it, and no training of the fine-tune changes that. Some matrices of one block are more.
 SOME = 0.03
 # Of language models: how often singular values are made even, and the coefficient of what comes of it, of a scale of
 # logarithms: it does much where it is small. The direction's least part of all coefficients: with less a merge is the
