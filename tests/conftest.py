@@ -91,6 +91,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zoo(tmp_path_factory)
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """No state that another test's Trainer left in this process; nothing is left of ours."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    assert not AcceleratorState._shared_state
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AuditResult]:
     """The audit of an exact lock that several files look at, and its folder."""

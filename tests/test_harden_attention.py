@@ -16,15 +16,8 @@ from hardened import PROTECTED
 from unmergeable.harden.attention import attending
 from unmergeable.harden.wrapper import Hardening
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fresh_accelerate")]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Seen(TorchDispatchMode):

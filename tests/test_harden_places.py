@@ -23,15 +23,7 @@ from unmergeable.harden.places import Places
 from unmergeable.harden.train import Settings
 from unmergeable.merging.tensors import load_state
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """No state that another test's Trainer left in this process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fresh_accelerate")]
 
 
 harden = partial(hardened.harden, steps=4, batch=32, rate=1e-4, strength=0.1)

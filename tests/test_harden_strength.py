@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,7 @@ from unmergeable.harden.strength import WHOLE, WIDEST, Ends, Strength
 from unmergeable.merging.tensors import load_state
 from unmergeable.tasks.task import TensorTask
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """No state that another test's Trainer left in this process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    assert not AcceleratorState._shared_state  # nothing is left of ours
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fresh_accelerate")]
 
 
 def harden(models: Path, dst: Path, **changes: Any) -> Any:
@@ -212,7 +201,7 @@ def test_what_merges_may_keep_decides(models: Path, tmp_path: Path) -> None:
         found.append((report.strength / report.trials[0]["strength"], report.exposure["after"]["mean"]))
     assert found[0][0] < 1 < found[1][0]
     assert found[1][1] < 0.75 * found[0][1] < 0.75 * 0.9
-    assert found[1][1] < 0.25
+    assert found[1][1] < 0.75 * 0.25
 
 
 def test_looking_changes_nothing_but_the_strength(

@@ -92,6 +92,7 @@ class Draws:
         self, shapes: Mapping[str, torch.Size], seed: int, adapters: bool = False, texts: bool = False
     ) -> None:
         self.shapes, self.adapters, self.texts = dict(shapes), adapters, texts
+        self.sizes = {name: shape.numel() for name, shape in self.shapes.items()}
         self.grid = layout(self.shapes)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -121,11 +122,8 @@ class Draws:
 
     def _mean(self, own: Mapping[str, Coefficient], of: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Over all weights, of what their coefficients are."""
-        sizes = {name: shape.numel() for name, shape in self.shapes.items()}
-        found = sum(
-            size * float(of(torch.as_tensor(own[name])).float().mean()) for name, size in sizes.items()
-        )
-        return found / sum(sizes.values())
+        parts = {name: float(of(torch.as_tensor(part)).float().mean()) for name, part in own.items()}
+        return sum(size * parts[name] for name, size in self.sizes.items()) / sum(self.sizes.values())
 
     def _draw(self) -> Draw:
         if self.adapters and self._uniform() < MIXED:
