@@ -84,13 +84,30 @@ def alone(sources: Mapping[str, Any]) -> str:
             apart = f"{number(100 * row['difference'])} ± {number(100 * row['error'])} points"
             way = source, row["case"], f"`{row['variant']}`", recipe
             scores = (number(row[side], 4) for side in ("fine-tune", "control", "hardened"))
-            lines.append((*way, row["seed"], number(row["strength"]), *scores, apart))
+            images = f"{row['images']:,}"
+            if row["groups"] < row["images"]:
+                images += f" in {row['groups']} faces"
+            lines.append((*way, row["seed"], images, number(row["strength"]), *scores, apart))
             groups.setdefault(way, []).append(100 * row["difference"])
     for way, apart in groups.items():
         if len(apart) > 1:
-            lines.append((*way, "mean", *[""] * 4, f"**{number(sum(apart) / len(apart))} points**"))
-    header = ("run", "model", "way", "recipe", "seed", "λ", "as it was", "control", "hardened", "change")
-    return page("### What it costs alone, on 10,000 images", ALONE, table(header, lines)) if lines else ""
+            lines.append((*way, "mean", *[""] * 5, f"**{number(sum(apart) / len(apart))} points**"))
+    header = (
+        *(
+            "run",
+            "model",
+            "way",
+            "recipe",
+            "seed",
+            "images",
+            "λ",
+            "as it was",
+            "control",
+            "hardened",
+            "change",
+        ),
+    )
+    return page("### What it costs alone, on many images", ALONE, table(header, lines)) if lines else ""
 
 
 def effect(found: Mapping[str, Any], records: list[Any]) -> str:
