@@ -2,7 +2,7 @@
 
     python bench/harden_price.py -d WORK --zoo PATH --fashion DIR --digits DIR --fonts DIR --keep NAME
 
-An audit scores 500 or 1,000 images, of which a point is five or ten; those of letters are of 29 faces, of which each is
+An audit scores 500 or 1,000 images, of which a point is five or ten; those of letters are of some thirty faces, each
 easy or hard in one: with them a price of a point cannot be told from none. WORK is that of bench/harden.py: of every
 hardened model in its records the accuracy, its control's and that of the fine-tune as it was, and the mean difference
 to the control with its standard error. Models whose images are not given are left out:

@@ -9,9 +9,10 @@ What `harden` makes of the same fine-tunes, judged by audits with models and dat
 unprotected model is a control that was trained plainly for as many steps on the same data. `python bench/harden.py`
 and `python bench/harden_effects.py` made what is kept in `bench/harden`; this section is written from it. Edition 1 of
 what is trained had merges of the whole fine-tune with something added among those that are simulated, and a strength
-that rose faster, of images from .15; edition 2 such as are all but the fine-tune, or all but without it; edition 3
-none with less than a tenth of it, and in `kindred` six tenths of the fine-tune as it was: the same command makes
-another model now. Runs:
+that rose faster, of images from .15; edition 2 has not, and its strength rose slowly; edition 3 had no merges that are
+all but the fine-tune, or with less than a tenth of it, and in `kindred` six tenths of the fine-tune as it was; edition
+4 the whole of that again, and .03 for the tenth; edition 5, as it is now, the merges of 2, and of images a strength
+that rises three times as fast: the same command makes another model now. Runs:
 """
 BARS = """
 *level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. *recipe*: steps

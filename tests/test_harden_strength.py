@@ -72,17 +72,18 @@ def test_bursts_do_not_lower_it(may: float, looks: int) -> None:
 
 
 @pytest.mark.parametrize("looks", [60, 180, 600])
-def test_a_long_training_rises_as_far_as_a_short_one(looks: int) -> None:
-    strength = Strength(0.1, 0.2, looks)
+@pytest.mark.parametrize("whole", [2.5, WHOLE])
+def test_a_long_training_rises_as_far_as_a_short_one(looks: int, whole: float) -> None:
+    strength = Strength(0.1, 0.2, looks, whole)
     for _ in range(looks):
         strength.follow([0.5], 1.0)  # three eighths of the way from what they may keep to all
     # The running mean begins at 1: the first few looks take it for more, by half a look's at most and so many looks.
-    more = 0.5 / (1 - 0.2) * 4 * WHOLE / looks
-    assert 3 / 8 * WHOLE <= np.log(strength.value / 0.1) <= 3 / 8 * WHOLE + more + 1e-9
+    more = 0.5 / (1 - 0.2) * 4 * whole / looks
+    assert 3 / 8 * whole <= np.log(strength.value / 0.1) <= 3 / 8 * whole + more + 1e-9
     high = strength.value
     for _ in range(looks):
         strength.follow([0.1], 1.0)
-    assert -WHOLE / 4 <= np.log(strength.value / high) <= -WHOLE / 4 * (1 - 20 / looks)
+    assert -whole / 4 <= np.log(strength.value / high) <= -whole / 4 * (1 - 20 / looks)
 
 
 def test_at_its_bound_it_says_so() -> None:

@@ -18,9 +18,10 @@ from .train import Settings
 if TYPE_CHECKING:
     from .objectives import Objective
 
-# By kind of task: what a training is, unless it is asked for otherwise.
+# By kind of task: what a training is, unless it is asked for otherwise. Of images the strength rises three times as
+# fast as of text: where a thief's own task was akin, what rose as slowly let through .3 to .4 of the task.
 DEFAULTS = {
-    "image-classification": Settings(strength=0.03, steps=900, rate=3e-4, batch=64),
+    "image-classification": Settings(strength=0.03, rise=15.0, steps=900, rate=3e-4, batch=64),
     "text-classification": Settings(strength=0.15, steps=300, rate=1e-4, batch=32),
     "sequence-to-sequence": Settings(strength=0.3, steps=600, rate=3e-4, batch=16),
     "language-modelling": Settings(strength=0.3, steps=1200, rate=5e-4, batch=16),

@@ -32,17 +32,13 @@ JITTER = 0.3
 # Adapters: how often they are mixed as peft does it, not added; how often numbers are left out then, and how many are
 # kept at least.
 MIXED, THINNED, THIN = 0.35, 0.5, 0.2
-# Where more of the weights than this are the whole fine-tune's, to within this, a merge is no use to a thief, whatever
-# he adds: the task is all there, and his own tasks are not. It cannot forget unless the fine-tune does, and asking for
-# it only costs.
-MOSTLY, NEAR = 0.9, 0.1
-# The least mean coefficient of the fine-tune: with less of it in a merge, what knows the task is the thief's own, or
-# what stands in for it, and no training of the fine-tune changes that. Some matrices of one block are more.
-SOME = 0.03
+# To within this of the whole fine-tune, by every coefficient, a merge is no use to a thief, whatever he adds: the task
+# is all there, and his own tasks are not. It cannot forget unless the fine-tune does, and asking for it only costs.
+NEAR = 0.1
 # Of language models: how often singular values are made even, and the coefficient of what comes of it, of a scale of
 # logarithms: it does much where it is small. The direction's least part of all coefficients: with less a merge is the
 # fine-tune over again, and no use to a thief.
-EVEN, SCALE, LEAST = 0.135, (0.05, 1.3), 0.13
+EVEN, SCALE, LEAST = 0.14, (0.05, 1.3), 0.13
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,6 @@ class Draws:
         self, shapes: Mapping[str, torch.Size], seed: int, adapters: bool = False, texts: bool = False
     ) -> None:
         self.shapes, self.adapters, self.texts = dict(shapes), adapters, texts
-        self.sizes = {name: shape.numel() for name, shape in self.shapes.items()}
         self.grid = layout(self.shapes)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -110,20 +105,13 @@ class Draws:
     def _any(self, draw: Callable[[], Draw]) -> Draw:
         while True:
             found = draw()
-            if not self._itself(found) and not self._without(found):
+            if not self._itself(found) and any(map(_some, found.own.values())):
                 return found
 
     def _itself(self, found: Draw) -> bool:
-        whole = _summed(found) and self._mean(found.own, lambda part: abs(part - 1) < NEAR) > MOSTLY
+        summed = not found.even and found.mix is None
+        whole = summed and all(map(_all_near, found.own.values()))
         return whole or (self.texts and found.foreign < LEAST)
-
-    def _without(self, found: Draw) -> bool:
-        return _summed(found) and self._mean(found.own, lambda part: part) < SOME
-
-    def _mean(self, own: Mapping[str, Coefficient], of: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        """Over all weights, of what their coefficients are."""
-        parts = {name: float(of(torch.as_tensor(part)).float().mean()) for name, part in own.items()}
-        return sum(size * parts[name] for name, size in self.sizes.items()) / sum(self.sizes.values())
 
     def _draw(self) -> Draw:
         if self.adapters and self._uniform() < MIXED:
@@ -216,6 +204,9 @@ class Draws:
         return Draw(own, dict.fromkeys(self.shapes, other))
 
 
-def _summed(found: Draw) -> bool:
-    """Whether coefficients are what they say: the fine-tune's part of a sum."""
-    return not found.even and found.mix is None
+def _all_near(part: Coefficient) -> bool:
+    return bool((abs(part - 1) < NEAR).all()) if isinstance(part, torch.Tensor) else abs(part - 1) < NEAR
+
+
+def _some(part: Coefficient) -> bool:
+    return bool(part.any()) if isinstance(part, torch.Tensor) else part != 0

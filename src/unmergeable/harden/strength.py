@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 EVERY = 5  # steps between looks
 # E-foldings a look, at most, where merges keep everything; half of it down, where they keep nothing.
 RISE = 0.15
-# E-foldings of a whole training's looks, where merges keep everything throughout: what rises faster than it has to
-# takes apart on its way what the steps that are left do not mend.
+# E-foldings of a whole training's looks, where merges keep everything throughout, if nothing else was found for a kind
+# of task. What rises faster takes apart on its way what the steps that are left do not mend; by what rises too slowly
+# the last steps alone are strong enough, and merges fail of which there was something alike in training, no others.
 WHOLE = 5.0
 # What merges keep comes in bursts. A fall that is steeper than one to nothing from here would outweigh them: where
 # merges may keep little, the strength would sink while they keep all of it and more.
@@ -75,13 +76,14 @@ class Strength:
     Attributes:
         value: now. first: to begin with.
         may: what merges may keep of the task, 0 to 1; None leaves the strength as it is.
-        looks: of the whole training.
+        looks: of the whole training. whole: e-foldings by which it rises in them, at most.
         kept, worth: running means.
     """
 
     first: float
     may: float | None = None
     looks: int = 1
+    whole: float = WHOLE
 
     def __post_init__(self) -> None:
         self.value, self.kept, self.worth = self.first, 1.0, 1.0
@@ -96,7 +98,7 @@ class Strength:
         # Only what is absurd is cut off: a mean of numbers that are cut at 1 would be too low.
         self.worth += MEMORY * (min(max(worth, -1.0), 3.0) - self.worth)
         over = self.kept - self.may
-        rise = min(RISE, WHOLE / self.looks)
+        rise = min(RISE, self.whole / self.looks)
         slope = rise / (1 - self.may) if over > 0 else rise / 2 / max(self.may, GENTLE)
         step = slope * over
         if self.worth < WORTH:

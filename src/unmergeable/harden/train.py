@@ -21,7 +21,7 @@ from .directions import Directions
 from .fidelity import Fidelity
 from .merged import freeze_statistics, modes_kept
 from .objectives import Objective, Step, needs_before
-from .strength import EVERY, Ends, Strength
+from .strength import EVERY, WHOLE, Ends, Strength
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +42,7 @@ class Settings:
 
     Attributes:
         strength: λ, the objective's factor, or the one to begin with. may: what simulated merges may keep of the
-            task: the strength follows; None leaves it as it is.
+            task: the strength follows; None leaves it as it is. rise: by how many e-foldings in all, at most.
         labels: the part of the loss that asks for the labels, not for the fine-tune's own answers.
         steps, rate, batch: of AdamW; rate is the highest of a one-cycle.
         made: directions that are made up beside the owner's fine-tunes. seed: of everything random.
@@ -50,6 +50,7 @@ class Settings:
 
     strength: float = 0.15
     may: float | None = None
+    rise: float = WHOLE
     labels: float = 1.0
     steps: int = 300
     rate: float = 2e-4
@@ -142,7 +143,9 @@ class _Run:
         self.owner, self.settings, self.ends, self.plain = owner, settings, ends, plain
         self.worths: dict[int, float] = {}
         self.fidelity = Fidelity(owner, settings.labels)
-        self.strength = Strength(settings.strength, settings.may, max(1, settings.steps // EVERY))
+        self.strength = Strength(
+            settings.strength, settings.may, max(1, settings.steps // EVERY), settings.rise
+        )
         self.done, self.falls, self.losses = 0, 0, list[tuple[float, float]]()
         parameters = list(owner.weights.parameters.values())
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
