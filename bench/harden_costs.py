@@ -93,20 +93,8 @@ def alone(sources: Mapping[str, Any]) -> str:
         if len(apart) > 1:
             lines.append((*way, "mean", *[""] * 5, f"**{number(sum(apart) / len(apart))} points**"))
     header = (
-        *(
-            "run",
-            "model",
-            "way",
-            "recipe",
-            "seed",
-            "images",
-            "λ",
-            "as it was",
-            "control",
-            "hardened",
-            "change",
-        ),
-    )
+        "run", "model", "way", "recipe", "seed", "images", "λ", "as it was", "control", "hardened", "change",
+    )  # fmt: skip
     return page("### What it costs alone, on many images", ALONE, table(header, lines)) if lines else ""
 
 

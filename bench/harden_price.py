@@ -1,4 +1,4 @@
-"""What hardening costs an image model by itself, on 10,000 to 20,000 test images that nobody trained on.
+"""What hardening costs an image model by itself, on 10,000 to 22,000 test images that nobody trained on.
 
     python bench/harden_price.py -d WORK --zoo PATH --fashion DIR --digits DIR --fonts DIR --keep NAME
 

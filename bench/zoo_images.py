@@ -57,12 +57,16 @@ class Task(NamedTuple):
 
 
 def read_fashion(folder: Path, part: str) -> tuple[Images, NDArray[np.int64]]:
-    """Fashion-MNIST: `part` is "train" or "t10k". The idx format has a 16-byte and an 8-byte header."""
-    pixels = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:]
-    labels = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
+    """Fashion-MNIST: `part` is "train" or "t10k"."""
+    names = (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")
+    return read_idx(*(gzip.decompress((folder / name).read_bytes()) for name in names))
+
+
+def read_idx(pixels: bytes, labels: bytes) -> tuple[Images, NDArray[np.int64]]:
+    """Images and labels of the idx format, which has a 16-byte and an 8-byte header."""
     return (
-        np.frombuffer(pixels, np.uint8).reshape(-1, SIDE, SIDE),
-        np.frombuffer(labels, np.uint8).astype(np.int64),
+        np.frombuffer(pixels[16:], np.uint8).reshape(-1, SIDE, SIDE),
+        np.frombuffer(labels[8:], np.uint8).astype(np.int64),
     )
 
 
