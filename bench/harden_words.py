@@ -11,8 +11,9 @@ and `python bench/harden_effects.py` made what is kept in `bench/harden`; this s
 what is trained had merges of the whole fine-tune with something added among those that are simulated, and a strength
 that rose faster, of images from .15; edition 2 has not, and its strength rose slowly; edition 3 had no merges that are
 all but the fine-tune, or with less than a tenth of it, and in `kindred` six tenths of the fine-tune as it was; edition
-4 the whole of that again, and .03 for the tenth; edition 5, as it is now, the merges of 2, and of images a strength
-that rises three times as fast: the same command makes another model now. Runs:
+4 the whole of that again, and .03 for the tenth; edition 5 the merges of 2, and of images a strength that rises three
+times as fast; edition 6, as it is now, asks images for the labels by half, and for the control's answers by half: the
+same command makes another model now. Runs:
 """
 BARS = """
 *level n*: recovered, as above. *change*: of the score alone against the control's, better is positive. *recipe*: steps

@@ -18,6 +18,7 @@ from hardened import PROTECTED
 from unmergeable.harden import search
 from unmergeable.harden.fidelity import Fidelity, divergence
 from unmergeable.harden.merged import Weights
+from unmergeable.harden.train import train
 from unmergeable.stock import load_module
 from unmergeable.tasks.task import IGNORED, Examples
 
@@ -114,6 +115,18 @@ def test_labels_have_the_part_that_was_asked_for(labels: float) -> None:
     assert float(fidelity.loss(batch)) == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_a_teachers_answers_are_asked_for_where_there_is_one() -> None:
+    mine, batch = owner(), examples()
+    teacher = {name: one + 0.5 * torch.randn_like(one) for name, one in mine.weights.copy().items()}
+    kept = {name: one.clone() for name, one in teacher.items()}
+    fidelity = Fidelity(mine, 0.0, teacher)
+    assert float(fidelity.loss(batch)) > 1e-3
+    for one in teacher.values():
+        one.zero_()  # it is copied
+    mine.weights.load(kept)
+    assert float(fidelity.loss(batch)) == pytest.approx(0, abs=1e-6)
+
+
 # --- in a training -------------------------------------------------------------------------------------------
 
 
@@ -128,7 +141,7 @@ def test_a_fine_tune_is_kept_to_its_answers(models: Path, tmp_path: Path) -> Non
     found = {}
     for labels in (0.0, None):
         report = harden(models, tmp_path / f"out-{labels}", labels=labels, strength=0.01)
-        assert report.labels == (1.0 if labels is None else labels)
+        assert report.labels == (1.0 if labels is None else labels)  # its strength is fixed
         assert "plain" not in report.standalone
         after = answers(tmp_path / f"out-{labels}")
         found[labels] = float(divergence(after, before, torch.zeros(len(images), dtype=torch.long)))
@@ -137,11 +150,45 @@ def test_a_fine_tune_is_kept_to_its_answers(models: Path, tmp_path: Path) -> Non
 
 def test_nothing_is_trained_plainly_without_labels(models: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    told = {"progress": lambda done, total, label: seen.append(done), "strength": None, "steps": 6}
+    told = {
+        "progress": lambda done, total, label: seen.append(done), "strength": None, "steps": 6, "rate": 5e-4,
+    }  # fmt: skip
     assert "plain" not in harden(models, tmp_path / "without", labels=0.0, **told).standalone
     assert len(seen) == 6
     assert "plain" in harden(models, tmp_path / "with", labels=0.5, **told).standalone
     assert len(seen) == 6 + 12
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_plain_training_is_the_teacher_of_a_strength_that_follows(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follows: bool
+) -> None:
+    trained: list[tuple[float, Any]] = []
+
+    def seen(owner: Any, objective: Any, settings: Any, *given: Any, **options: Any) -> Any:
+        trained.append((settings.labels, options.get("teacher")))
+        return train(owner, objective, settings, *given, **options)
+
+    monkeypatch.setattr(search, "train", seen)
+    options = {"strength": None if follows else 0.1, "steps": 6, "rate": 5e-4}
+    report = harden(models, tmp_path / "out", control=tmp_path / "control", labels=0.25, **options)
+    assert [labels for labels, _ in trained] == [1.0, 0.25]  # the control knows of no teacher
+    assert report.labels == 0.25
+    (_, none), (_, teacher) = trained
+    assert none is None
+    if not follows:
+        assert teacher is None  # a control that is only asked for changes nothing
+        return
+    control = load_module(tmp_path / "control").state_dict()
+    assert all(torch.equal(one, control[name]) for name, one in teacher.items())
+
+
+def test_labels_are_half_for_images_whose_strength_follows(models: Path, tmp_path: Path) -> None:
+    found = {
+        strength: harden(models, tmp_path / f"{strength}", strength=strength, steps=6, rate=5e-4).labels
+        for strength in (None, 0.1)
+    }
+    assert found == {None: 0.5, 0.1: 1.0}
 
 
 def test_where_plain_training_costs_the_answers_are_said(models: Path, tmp_path: Path) -> None:

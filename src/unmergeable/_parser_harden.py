@@ -63,8 +63,9 @@ def harden(verbs: argparse._SubParsersAction[Parser]) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--labels", metavar="PART", type=float,
-        help="how much of the loss asks for the labels once more, 0 to 1; the rest for the fine-tune's own answers, "
-        "which is better where data is little (1)",
+        help="how much of the loss asks for the labels once more, 0 to 1 (1; .5 for images whose strength follows); "
+        "the rest for answers: of the fine-tune itself or, if the strength follows, of plain training, which comes "
+        "first; 0, for its own alone, is better where data is little",
     )  # fmt: skip
     parser.add_argument(
         "--steps",

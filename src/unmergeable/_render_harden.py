@@ -25,11 +25,12 @@ def _plain(report: HardenReport, unit: str) -> list[tuple[str, str, str, str]]:
     return [("the same, trained plainly", f"{scores['before']:.4f}", f"{scores['plain']:.4f}", change)]
 
 
-def _kept_to(labels: float) -> str:
+def _kept_to(report: HardenReport) -> str:
     """What beside the objective the training asks for."""
-    if labels in (0, 1):
-        return "the labels" if labels else "its own answers"
-    return f"its own answers, and {labels:g} the labels"
+    if report.labels in (0, 1):
+        return "the labels" if report.labels else "its own answers"
+    whose = "its own answers" if report.may is None else "plain training's answers"
+    return f"{whose}, and {report.labels:g} the labels"
 
 
 def hardened(report: HardenReport) -> str:
@@ -40,7 +41,7 @@ def hardened(report: HardenReport) -> str:
         [
             ("hardened", f"{report.expert} -> {report.dst}"),
             ("by", f"{report.objective}, strength {report.strength:.3g}"),
-            ("kept to", _kept_to(report.labels)),
+            ("kept to", _kept_to(report)),
             (
                 "training",
                 f"{report.steps} steps of {report.batch} examples, rate {report.rate:g}, on {report.device}",

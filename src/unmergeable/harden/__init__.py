@@ -125,14 +125,16 @@ def harden(
             strengths are tried, each looked at on its way, and with the best one more `steps` if none are given.
         may: what simulated merges may keep of the task on average, 0 to 1 (.1; .02 for language models): the strength
             rises until they keep no more. With `strength`, from there.
-        labels: the part of the loss that asks for the labels once more, 0 to 1 (1 if not given); the rest asks for the
-            fine-tune's own answers to the same examples, so that it stays what it is: better where data is little.
+        labels: the part of the loss that asks for the labels once more, 0 to 1; the rest asks for a teacher's answers
+            to the same examples, so that the fine-tune stays what it is. If the strength follows, that is a plain
+            training of as many steps; else, and with 0, which is better where data is little, the fine-tune itself.
+            If not given, .5 for images whose strength follows, else 1.
         steps, rate, batch: of AdamW; as the kind of task, and of model, asks for if not given.
         seed: of everything random.
         lock: a key to lock the result with, by `exact`.
-        control: a new folder for the fine-tune as plain training of as many steps on the same batches leaves it: what
-            an audit should take as the unprotected model. Only where labels have a part: else that is the fine-tune
-            itself. A strength that follows needs that training in any case.
+        control: a new folder for the fine-tune as plain training of as many steps on the labels of the same batches
+            leaves it: what an audit should take as the unprotected model. Only where labels have a part: else that is
+            the fine-tune itself. A strength that follows needs that training in any case.
         device: "auto", "cpu" or "cuda".
         precision: of passes: "fp32", "bf16" (weights stay float32), or "auto": bf16 on a GPU that has it.
         checkpointing: gradient checkpointing, as the model's class has it: less memory for more time.

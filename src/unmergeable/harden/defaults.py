@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # By kind of task: what a training is, unless it is asked for otherwise. Of images the strength rises three times as
 # fast as of text: where a thief's own task was akin, what rose as slowly let through .3 to .4 of the task.
 DEFAULTS = {
-    "image-classification": Settings(strength=0.03, rise=15.0, steps=900, rate=3e-4, batch=64),
+    "image-classification": Settings(strength=0.03, rise=15.0, labels=0.5, steps=900, rate=3e-4, batch=64),
     "text-classification": Settings(strength=0.15, steps=300, rate=1e-4, batch=32),
     "sequence-to-sequence": Settings(strength=0.3, steps=600, rate=3e-4, batch=16),
     "language-modelling": Settings(strength=0.3, steps=1200, rate=5e-4, batch=16),
@@ -84,9 +84,10 @@ def may_of(
     return asked
 
 
-def labels_of(asked: float | None, objective: Objective, control: bool) -> float:
-    """The part of the loss that asks for labels: all, if nothing else was asked for."""
-    plain, labels = objective.name == "plain", 1.0 if asked is None else asked
+def labels_of(asked: float | None, settings: Settings, objective: Objective, control: bool) -> float:
+    """The part of the loss that asks for labels: all, if nothing else was asked for, and no teacher comes first."""
+    plain = objective.name == "plain"
+    labels = asked if asked is not None else 1.0 if settings.may is None else settings.labels
     if not 0 <= labels <= 1:
         raise UsageError("no part of a loss", where="labels", expected="0 to 1", got=labels)
     if not labels and (plain or control):

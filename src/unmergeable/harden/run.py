@@ -84,11 +84,8 @@ def run_harden(
     kind = kind_of_task(Path(base) if adapter else source, task)
     chosen = named or objective_of(OBJECTIVE.get(kind, "trap"))
     settings = settings_of(kind, adapter, strength, steps, rate, batch, seed)
-    settings = replace(
-        settings,
-        may=may_of(may, kind, strength, max_loss, chosen),
-        labels=labels_of(labels, chosen, control is not None),
-    )
+    settings = replace(settings, may=may_of(may, kind, strength, max_loss, chosen))
+    settings = replace(settings, labels=labels_of(labels, settings, chosen, control is not None))
     if made is not None:
         settings = replace(settings, made=made_of(made, proxies))
     if max_loss is not None and not max_loss >= 0:

@@ -70,8 +70,8 @@ def search(
     checkpoint's dtypes hold them.
 
     Where labels are trained on, a strength that follows comes after a plain training of as many steps on the same
-    batches, which says what that does by itself; `control` asks for it in any case: after a search, which is what says
-    how many steps there are.
+    batches, on labels alone: it says what that does by itself, and its model is the teacher of what is not asked of
+    labels. `control` asks for it in any case: after a search, which is what says how many steps there are.
     """
     start = owner.weights.copy()
     ends = measure.ends() if settings.may is not None else None
@@ -83,7 +83,7 @@ def search(
         worths = train(
             owner,
             Plain(),
-            replace(settings, may=None, steps=of),
+            replace(settings, may=None, labels=1.0, steps=of),
             accelerator,
             ends=ends,
             pauses=[done],
@@ -95,8 +95,11 @@ def search(
         return Control(measure.standalone(), owner.weights.copy(), worths)
 
     plain: Control | None = None
-    if (ends is not None and settings.labels) or (control and not searching):
+    follows = ends is not None and settings.labels > 0
+    if follows or (control and not searching):
         plain = plainly(settings.steps, settings.steps)
+    # A control that was only asked for changes nothing.
+    teacher = plain.weights if follows and plain is not None else None
 
     def tried(number: int, strength: float, steps: int) -> Trial:
         """Where a training of its own ends."""
@@ -118,6 +121,7 @@ def search(
             accelerator,
             ends=ends,
             plain=None if plain is None else plain.worths,
+            teacher=teacher,
             pauses=[-(-steps * look // LOOKS) for look in range(1, LOOKS + 1)] if searching else [steps],
             pause=pause,
             folder=None if folder is None else folder / f"try-{number}",

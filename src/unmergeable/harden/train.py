@@ -26,6 +26,7 @@ from .strength import EVERY, WHOLE, Ends, Strength
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ..merging import State
     from .owner import Owner
 
 LONGEST, WARM = 1.0, 0.1  # a gradient's norm; the part of the steps in which the rate rises
@@ -43,7 +44,7 @@ class Settings:
     Attributes:
         strength: λ, the objective's factor, or the one to begin with. may: what simulated merges may keep of the
             task: the strength follows; None leaves it as it is. rise: by how many e-foldings in all, at most.
-        labels: the part of the loss that asks for the labels, not for the fine-tune's own answers.
+        labels: the part of the loss that asks for the labels, not for a teacher's answers.
         steps, rate, batch: of AdamW; rate is the highest of a one-cycle.
         made: directions that are made up beside the owner's fine-tunes. seed: of everything random.
     """
@@ -67,6 +68,7 @@ def train(
     *,
     ends: Ends | None = None,
     plain: Mapping[int, float] | None = None,
+    teacher: State | None = None,
     pauses: Container[int] = (),
     pause: Pause = lambda done, figures: False,
     folder: Path | None = None,
@@ -79,6 +81,7 @@ def train(
         accelerator: runs passes in its precision.
         ends: what the base and the fine-tune are, for looks at what it is worth.
         plain: what it was worth at the looks of a plain training of as many steps; None stands for what it began with.
+        teacher: whose answers the part of the loss that is not for labels asks for; None takes the fine-tune as it was.
         pauses: after so many steps, each time, `pause` is called with their number and the figures so far; it must
             leave the weights as they are, and training ends there if it says so.
         folder: for checkpoints; training that has one there goes on from it. It must be this training's alone.
@@ -90,7 +93,7 @@ def train(
     Raises:
         RunError: a loss that is not finite again and again.
     """
-    run = _Run(owner, objective, settings, ends, plain or {})
+    run = _Run(owner, objective, settings, ends, plain or {}, teacher)
     run.resume(folder)
     good, parameters = run.state(run.passing()), list(owner.weights.parameters.values())
     with attending(owner.device), modes_kept(owner.module):
@@ -139,10 +142,11 @@ class _Run:
         settings: Settings,
         ends: Ends | None,
         plain: Mapping[int, float],
+        teacher: State | None,
     ) -> None:
         self.owner, self.settings, self.ends, self.plain = owner, settings, ends, plain
         self.worths: dict[int, float] = {}
-        self.fidelity = Fidelity(owner, settings.labels)
+        self.fidelity = Fidelity(owner, settings.labels, teacher)
         self.strength = Strength(
             settings.strength, settings.may, max(1, settings.steps // EVERY), settings.rise
         )
