@@ -209,8 +209,8 @@ def test_looking_changes_nothing_but_the_strength(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strength_module, "RISE", 0.0)
-    harden(models, tmp_path / "followed", steps=12, strength=0.3, may=0.2)
-    harden(models, tmp_path / "fixed", steps=12, strength=0.3)
+    harden(models, tmp_path / "followed", steps=12, labels=1.0, strength=0.3, may=0.2)
+    harden(models, tmp_path / "fixed", steps=12, labels=1.0, strength=0.3)
     one, two = (load_state(tmp_path / name) for name in ("followed", "fixed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
