@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -52,8 +52,20 @@ def prices(records: list[Any]) -> str:
     return page("### What it costs", PRICES, table(header, lines)) if lines else ""
 
 
-def steps(found: Mapping[str, Any]) -> str:
-    """CPU seconds of a step, plain and hardened, in both precisions."""
+def steps(machines: Iterable[Mapping[str, Any]]) -> str:
+    """CPU seconds of a step, plain and hardened, in both precisions, on each machine."""
+    header = (
+        "model", "objective", "batch", "plain, fp32", "hardened, fp32", "plain, bf16", "hardened, bf16",
+        "hardened / plain", "bf16 / fp32", "attention in bf16 too / not",
+    )  # fmt: skip
+    parts = []
+    for found in machines:
+        about = f"On {found['machine']}; medians of {found['rounds']} rounds:"
+        parts += [about, table(header, _steps(found))]
+    return page("### A step on a CPU", STEPS, *parts)
+
+
+def _steps(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     lines = []
     for row in found["rows"]:
         full, half = (
@@ -67,12 +79,7 @@ def steps(found: Mapping[str, Any]) -> str:
                 number(half[1] / full[1]), number(row["seconds"]["plain, bf16, attention too"] / half[0]),
             )
         )  # fmt: skip
-    header = (
-        "model", "objective", "batch", "plain, fp32", "hardened, fp32", "plain, bf16", "hardened, bf16",
-        "hardened / plain", "bf16 / fp32", "attention in bf16 too / not",
-    )  # fmt: skip
-    about = flowing(STEPS.format(machine=found["machine"], rounds=found["rounds"]))
-    return page("### A step on a CPU", about, table(header, lines))
+    return lines
 
 
 def alone(sources: Mapping[str, Any]) -> str:

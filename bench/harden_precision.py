@@ -1,10 +1,10 @@
 """What a step of hardening takes beside one of plain training, in float32 and in bfloat16, on one core of this machine.
 
-    python bench/harden_precision.py --zoo PATH --keep
+    python bench/harden_precision.py --zoo PATH --keep NAME
 
 Passes forward and backward alone, in CPU seconds of one thread: the median of rounds in which all are taken in turn. A
-CPU without bfloat16 arithmetic is slower with it. "attention too" is a plain step with attention in bfloat16 as well,
-where `harden` has it in float32 on a CPU.
+CPU may be slower with it, even one that has such arithmetic. "attention too" is a plain step with attention in bfloat16
+as well, where `harden` has it in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from unmergeable.stock import load_module
 CASES = {"embedded-fashion": 64, "images-cyr": 64, "text-c": 16}  # and the examples in a batch, as by default
 ROUNDS = 9
 TOO = "bf16, attention too"
-KEPT = Path(__file__).parent / "harden" / "precision.json"
+KEPT = Path(__file__).parent / "harden"
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--zoo", type=Path, required=True, help="the measuring zoo")
-    parser.add_argument("--keep", action="store_true", help="keep what was found in bench/harden")
+    parser.add_argument("--keep", metavar="NAME", help="keep what was found in bench/harden, of a machine")
     args = parser.parse_args()
     torch.set_num_threads(1)
     known = {one.name: one for one in cases()}
@@ -50,7 +50,8 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     if args.keep:
         found = {"machine": machine(), "rounds": ROUNDS, "rows": rows}
-        KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(found, indent=1) + "\n"
+        (KEPT / f"precision-{args.keep}.json").write_text(text, encoding="utf-8")
 
 
 def timed(case: Any, size: int, zoo: Path, work: Path) -> dict[str, Any]:
@@ -92,9 +93,10 @@ def timed(case: Any, size: int, zoo: Path, work: Path) -> dict[str, Any]:
 
 def machine() -> str:
     """The processor and what of bfloat16 it has, in words."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    has = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]
-    return f"one core, {platform.machine()}, {', '.join(has) or 'no bfloat16 arithmetic'}, torch {torch.__version__}"
+    known = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    maker = [name for name in ("AuthenticAMD", "GenuineIntel") if name in known]
+    has = [name for name in ("avx512_bf16", "amx_bf16") if name in known] or ["no bfloat16 arithmetic"]
+    return ", ".join(("one core", platform.machine(), *maker, *has, f"torch {torch.__version__}"))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def section(kept: Path) -> str:
         owners(records),
         adapters(records),
         prices(records),
-        steps(json.loads((kept / "precision.json").read_text(encoding="utf-8"))),
+        steps(json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("precision-*.json"))),
         alone(priced),
         *(effect(one, records) for one in effects),
         page("### What others publish", table(("work", "models", "published, not measured here"), PUBLISHED)),

@@ -94,8 +94,8 @@ first. Peak memory as torch counts it; time with other processes on the GPU, as 
 """
 STEPS = """
 Passes forward and backward of a step with the objective that `harden` has by itself, beside plain training's
-(`bench/harden_precision.py`; {machine}; CPU seconds of one thread, medians of {rounds} rounds in turn). Looks at
-held-out examples, and the plain training that comes first, are not in it.
+(`bench/harden_precision.py`; CPU seconds of one thread, all ways taken in turn). Looks at held-out examples, the plain
+training that comes first and its answers as a teacher are not in it.
 """
 ALONE = """
 On test images that nobody trained on (`bench/harden_price.py`), where audits score 500 or 1,000: these are the figures
