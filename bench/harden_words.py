@@ -71,7 +71,8 @@ or certain soft answers (`decoy`, `sharp`) too; `collapse` and unrolling make th
 `overshoot` change nothing that can be told from chance: 500 test images a task, differences below .1 say nothing.
 Nor does what `harden` does by itself (seeds 0, 1, 2; `cpu-900-whole`, `cpu-900-labels`): of 16 labels a class the gain
 is .14, .40, .31, of its controls .30, .40, .38. Of four labels it is .06, .05, .17 beside .33, .51, .26, by the worse
-of both values: at most half with two of three seeds.
+of both values: at most half with two of three seeds. By edition 6 (seeds 0, 1; `cpu-900-labels-6`) it is .13, .25 of
+16, of its controls .11, .40, and of four .17, .38 beside .24, .51.
 """
 OWNERS = """
 Exposure: the value of the task in fixed simulated merges on held-out examples, which the fine-tune itself may have
