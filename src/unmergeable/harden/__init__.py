@@ -123,7 +123,7 @@ def harden(
             strength follows what simulated merges keep.
         max_loss: what the held-out score may lose, in points of accuracy or per cent of the cross-entropy: several
             strengths are tried, each looked at on its way, and with the best one more `steps` if none are given.
-        may: what simulated merges may keep of the task on average, 0 to 1 (.1; .02 for language models): the strength
+        may: what simulated merges may keep of the task on average, 0 to 1 (.03; .02 for language models): the strength
             rises until they keep no more. With `strength`, from there.
         labels: the part of the loss that asks for the labels once more, 0 to 1; the rest asks for a teacher's answers
             to the same examples, so that the fine-tune stays what it is. If the strength follows, that is a plain
