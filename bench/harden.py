@@ -47,6 +47,7 @@ from harden_cases import (
     shuffled,
     training,
 )
+from harden_kept import KEPT
 from harden_peft import merges
 from harden_records import EDITION
 from parallel import Job, run
@@ -54,7 +55,6 @@ from unmergeable.audit.bench import pick_device
 from unmergeable.audit.suite import access
 from unmergeable.harden.objectives import Objective
 
-KEPT = Path(__file__).parent / "harden"
 GROUPS = ("bars", "locked", "strengths", "directions", "ideas", "peft")
 STRENGTHS = (0.08, 0.3, 1.0)
 IDEAS_ON = ("embedded-fashion",)

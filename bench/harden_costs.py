@@ -65,7 +65,7 @@ def steps(machines: Iterable[Mapping[str, Any]]) -> str:
     return page("### A step on a CPU", STEPS, *parts)
 
 
-def _steps(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _steps(found: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     lines = []
     for row in found["rows"]:
         full, half = (

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from harden_cases import BARS, Case, cases, descend, opened, paths, tensors
+from harden_kept import keep_document
 from unmergeable.stock import load_module
 from unmergeable.tasks.task import IGNORED, TensorTask
 
@@ -28,7 +29,6 @@ BINS = 15
 STEPS, RATE = {"embedded": 100, "images": 100, "text": 60, "text2": 60}, 1e-4
 BATCH = {"embedded": 64, "images": 64, "text": 4, "text2": 4}
 OTHER_STEPS = {"embedded": 200, "images": 200, "text": 60, "text2": 60}
-KEPT = Path(__file__).parent / "harden"
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     }
     print("base", json.dumps(found["models"]["base"]))
     if args.keep:
-        (KEPT / f"{args.keep}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        keep_document(args.keep, found)
 
 
 def measured(path: Path, task: TensorTask) -> dict[str, float]:

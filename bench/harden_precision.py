@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from harden_cases import cases, opened, paths
+from harden_kept import keep_document
 from unmergeable.harden.attention import attending
 from unmergeable.harden.defaults import OBJECTIVE
 from unmergeable.harden.wrapper import Hardening
@@ -31,7 +32,6 @@ from unmergeable.stock import load_module
 CASES = {"embedded-fashion": 64, "images-cyr": 64, "text-c": 16}  # and the examples in a batch, as by default
 ROUNDS = 9
 TOO = "bf16, attention too"
-KEPT = Path(__file__).parent / "harden"
 
 
 def main() -> None:
@@ -50,8 +50,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     if args.keep:
         found = {"machine": machine(), "rounds": ROUNDS, "rows": rows}
-        text = json.dumps(found, indent=1) + "\n"
-        (KEPT / f"precision-{args.keep}.json").write_text(text, encoding="utf-8")
+        keep_document(f"precision-{args.keep}", found)
 
 
 def timed(case: Any, size: int, zoo: Path, work: Path) -> dict[str, Any]:

@@ -26,9 +26,8 @@ import numpy as np
 
 from fresh_images import Fresh, clothes, clustered, digits, letters
 from harden_cases import cases, paths, tensors
+from harden_kept import keep_document
 from unmergeable.stock import load_module
-
-KEPT = Path(__file__).parent / "harden"
 
 
 def main() -> None:
@@ -44,8 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = priced(args.work, args.zoo, sources(args))
     if args.keep:
-        text = json.dumps({"rows": rows}, indent=1) + "\n"
-        (KEPT / f"price-{args.keep}.json").write_text(text, encoding="utf-8")
+        keep_document(f"price-{args.keep}", {"rows": rows})
 
 
 def sources(args: argparse.Namespace) -> dict[str, Callable[[], Fresh]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from audits_text import flowing, level_of, number, page, share, table
 from harden_costs import alone, effect, prices, steps
+from harden_kept import documents
 from harden_records import (
     EDITION,
     Record,
@@ -61,11 +62,6 @@ def section(kept: Path) -> str:
     if not records:
         return ""
     abouts, editions = [record for record in records if record["kind"] == "about"], editions_of(records)
-    effects = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("effects-*.json"))]
-    priced = {
-        path.stem.removeprefix("price-"): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(kept.glob("price-*.json"))
-    }
     return page(
         HEAD,
         "\n".join(
@@ -78,9 +74,9 @@ def section(kept: Path) -> str:
         owners(records),
         adapters(records),
         prices(records),
-        steps(json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("precision-*.json"))),
-        alone(priced),
-        *(effect(one, records) for one in effects),
+        steps(documents(kept, "precision").values()),
+        alone(documents(kept, "price")),
+        *(effect(one, records) for one in documents(kept, "effects").values()),
         page("### What others publish", table(("work", "models", "published, not measured here"), PUBLISHED)),
     )
 
